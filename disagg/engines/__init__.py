@@ -1,0 +1,1 @@
+"""Engines: what one must offer, how one is started and watched, and the embedded one."""

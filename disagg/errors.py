@@ -1,0 +1,121 @@
+"""Every error that disagg raises on purpose.
+
+DisaggError                  exit 1, HTTP 500
+├── ConfigError              exit 78             the file or a flag is wrong; names file, key, value, what is allowed
+├── StartError               exit 1              this host cannot start: port in use, model folder missing, engine died
+├── RequestError             HTTP 400            the client's fault; never counts against an engine
+│   ├── UnknownModelError    HTTP 404
+│   ├── BodyTooLargeError    HTTP 413
+│   └── ClientGoneError      HTTP 499            nobody is left to read the answer (logs and metrics only)
+├── NoCapacityError          HTTP 503            no engine can take it now; carries Retry-After
+└── EngineError              HTTP 502            an engine broke its promise: refused, closed, garbage
+    ├── EngineRefusedError   its own status      the engine answered with an error of its own
+    └── EngineTimeoutError   HTTP 504            it was silent for longer than this phase allows
+
+One sentence each: what, where, what to do. The sentence is shown to people, so it never holds a prompt or a secret.
+"""
+
+from __future__ import annotations
+
+
+class DisaggError(Exception):
+    """Root of the tree.
+
+    Attributes:
+        status: the HTTP status that a client gets when the error ends its request.
+        kind: the ``type`` of the OpenAI error object.
+        exit_code: what the command exits with when the error ends it.
+    """
+
+    status: int = 500
+    kind: str = "internal_error"
+    exit_code: int = 1
+
+
+class ConfigError(DisaggError):
+    """A setting is wrong. The sentence names file, key, value and what is allowed."""
+
+    kind = "configuration_error"
+    exit_code = 78  # EX_CONFIG of sysexits.h: systemd shows it as "configuration error"
+
+
+class StartError(DisaggError):
+    """This process cannot start."""
+
+
+class RequestError(DisaggError):
+    """The client sent something that cannot be served.
+
+    Attributes:
+        param: the field at fault, as a client would write it, or None.
+        code: a machine-readable word, or None.
+    """
+
+    status = 400
+    kind = "invalid_request_error"
+
+    def __init__(self, sentence: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(sentence)
+        self.param = param
+        self.code = code
+
+
+class UnknownModelError(RequestError):
+    """No engine of the cluster serves the model that was asked for."""
+
+    status = 404
+
+
+class BodyTooLargeError(RequestError):
+    """The body is over the limit; it was not read to the end."""
+
+    status = 413
+
+
+class ClientGoneError(RequestError):
+    """The client closed its connection. Nobody sees this status; it stands in logs and metrics."""
+
+    status = 499
+
+
+class NoCapacityError(DisaggError):
+    """No engine can take the request at the moment.
+
+    Attributes:
+        retry_after_s: when to come again, whole seconds, at least 1.
+    """
+
+    status = 503
+    kind = "service_unavailable"
+
+    def __init__(self, sentence: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(sentence)
+        self.retry_after_s = max(1, retry_after_s)
+
+
+class EngineError(DisaggError):
+    """An engine broke its promise: it refused the connection, closed it early or sent garbage."""
+
+    status = 502
+    kind = "engine_error"
+
+
+class EngineRefusedError(EngineError):
+    """An engine answered with an HTTP error. Its status and its sentence are passed on.
+
+    Attributes:
+        status: the engine's HTTP status.
+        body: the engine's answer, bytes as received.
+    """
+
+    def __init__(self, sentence: str, *, status: int, body: bytes = b"") -> None:
+        super().__init__(sentence)
+        self.status = status
+        self.kind = "invalid_request_error" if 400 <= status < 500 else "engine_error"
+        self.body = body
+
+
+class EngineTimeoutError(EngineError):
+    """An engine was silent for longer than the phase allows."""
+
+    status = 504
