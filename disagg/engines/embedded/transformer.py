@@ -1,18 +1,15 @@
 """The forward pass: new tokens in, logits out, keys and values into a paged pool.
 
-A step takes one *segment* per sequence: some new tokens, and the pages that hold the sequence's keys and values. Decode
+One step takes a *segment* per sequence: some new tokens, and the pages that hold the sequence's keys and values. Decode
 segments (one token) and prefill chunks mix freely:
 
-1. The tokens of all segments stand below each other as one matrix; every dense layer is one matrix product.
+1. The tokens of all segments are the rows of one matrix; every dense layer is one matrix product.
 2. Keys (after rotation) and values of the new tokens are written into their pages.
-3. Attention reads the pages back, so it sees exactly what a handoff would send. Chunks go one by one, in tiles of
-   queries that fit into the CPU's cache; decode segments of similar length go together.
+3. Attention reads the pages back, so it computes from exactly what a handoff sends. Chunks go one by one, in tiles of
+   scores that fit into the CPU's caches; decode segments go in groups of similar length.
 4. Only the rows that somebody asked for meet the output matrix.
 
 The pool is (pages, layers, 2, page_size, kv_heads, head_dim): all of a page is one contiguous range of bytes.
-
-Padding is masked, not skipped, and 0 x NaN is NaN: so whoever begins a page clears it, and no leftover of a page's
-earlier owner (a broken transfer, say) can leak into another sequence.
 """
 
 from __future__ import annotations
@@ -21,76 +18,56 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+
+from disagg.engines.embedded.step import Chunk, Group, Indices, Segment, Step, plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from disagg.engines.embedded.checkpoint import Checkpoint, Floats, LayerWeights, Rope
 
-Integers = NDArray[np.integer]
+__all__ = ["Segment", "Transformer", "rope_frequencies"]
 
-# One tile of attention scores, in floats: 1 MiB, so that it stays in a core's L2/L3 cache between the two products.
+# One tile of attention scores, in floats: 1 MiB, so that it stays in a core's caches between the two products.
 _TILE = 256 * 1024
-# Keys of one decode group, in floats (as many again for the values).
-_GROUP = 128 * 1024
+# Rows of a tile at most: more would be wasted on the future of each other, fewer on repacking keys.
+_TILE_ROWS = 128
+# Keys of one decode group, in floats; as many again for the values. Larger ones fall out of the caches between being
+# read from the pages and being used, smaller ones cost more calls.
+_GROUP = 256 * 1024
 
 
-class Segment(NamedTuple):
-    """One sequence's share of a step.
-
-    Attributes:
-        tokens: ids to compute, shape (n,), n >= 1.
-        start: how many tokens of the sequence are in the pool already.
-        pages: page ids that cover ``start + n`` tokens, in order; more are allowed.
-        all_logits: logits for each of the n positions instead of the last only.
-    """
-
-    tokens: Integers
-    start: int
-    pages: Sequence[int] | Integers
-    all_logits: bool = False
-
-
-class _Chunk(NamedTuple):
-    """A segment of several tokens: rows [first, first + length) of the step."""
-
-    first: int
-    length: int
-    start: int
-    pages: NDArray[np.intp]
-
-
-class _Group(NamedTuple):
-    """Decode segments of similar length, padded to the longest.
+class _Places(NamedTuple):
+    """A step's plan in terms of the arrays.
 
     Attributes:
-        rows: their rows in the step.
-        pages: (sequences, pages), padded with the sequence's own first page.
-        mask: (sequences, 1, 1, tokens), 0 where a token is, -inf where padding is.
+        slots: per row, where its key of layer 0 goes, the pool seen as rows of (kv_heads * head_dim).
+        cos, sin: of the row's position, (rows, 1, 2, head_dim / 2); the sine's first half is negated.
     """
 
-    rows: NDArray[np.intp]
-    pages: NDArray[np.intp]
-    mask: Floats
-
-
-class _Step(NamedTuple):
-    """Where everything of one step goes; the same for all layers.
-
-    Attributes:
-        slots: per token, its row in layer 0's keys, the pool seen as rows of (kv_heads * head_dim).
-        cos, sin: (tokens, 1, 2, head_dim / 2); the sine's first half is negated.
-        wanted: rows whose logits are wanted.
-    """
-
-    tokens: Integers
-    slots: NDArray[np.intp]
+    step: Step
+    slots: Indices
     cos: Floats
     sin: Floats
-    chunks: list[_Chunk]
-    groups: list[_Group]
-    wanted: NDArray[np.intp]
+
+
+class _Scratch:
+    """Memory for intermediate results, kept from call to call.
+
+    Fresh arrays of this size would come from the kernel and go back to it each time; the page faults took a tenth of
+    the time of a prefill, and at times half of a decode step.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, Floats] = {}
+
+    def take(self, name: str, *shape: int) -> Floats:
+        """An array with any content; valid until the same name is taken again."""
+        size = math.prod(shape)
+        array = self._arrays.get(name)
+        if array is None or array.size < size:
+            array = self._arrays[name] = np.empty(size, np.float32)
+        return array[:size].reshape(shape)
 
 
 class Transformer:
@@ -104,7 +81,9 @@ class Transformer:
         self._weights = checkpoint
         self._frequencies = rope_frequencies(checkpoint.config.rope, checkpoint.config.head_dim)
         self._scale = np.float32(1 / math.sqrt(checkpoint.config.head_dim))
-        self._tile = np.empty(_TILE, np.float32)
+        self._scratch = _Scratch()
+        self._sharing = checkpoint.config.heads // checkpoint.config.kv_heads  # query heads per key head
+        self._future = _future(_TILE_ROWS)
 
     def __repr__(self) -> str:
         c = self.config
@@ -119,16 +98,36 @@ class Transformer:
 
         Returns:
             Per segment, logits of shape (1, vocab), or (n, vocab) where ``all_logits`` is set.
+
+        Raises:
+            IndexError: a segment's pages are not in the pool or do not cover its tokens; nothing was written.
         """
+        places = self._place(segments, kv)
+        step = places.step
+        kv[step.begun] = 0
         # Overflow in exp is a gate at its end (0 or 1); NaN, from broken pages, is noticed by the sampler.
         with np.errstate(over="ignore", invalid="ignore"):
-            step = self._plan(segments, kv)
             x = self._weights.embedding[step.tokens]
             for index, layer in enumerate(self._weights.layers):
-                x += self._attention(layer, index, self._norm(x, layer.attention_norm), step, kv)
-                x += _mlp(layer, self._norm(x, layer.mlp_norm))
+                x += self._attention(layer, index, self._norm(x, layer.attention_norm), places, kv)
+                x += self._mlp(layer, self._norm(x, layer.mlp_norm))
             x = self._norm(x[step.wanted], self._weights.final_norm)
-            return _split(x @ self._weights.lm_head.T, segments)
+            logits: Floats = x @ self._weights.lm_head.T
+        return np.split(logits, np.cumsum(step.wanted_counts)[:-1])
+
+    def _place(self, segments: Sequence[Segment], kv: Floats) -> _Places:
+        page_size, width = kv.shape[3], kv.shape[4] * kv.shape[5]
+        step = plan(segments, page_size=page_size, pool_pages=len(kv), group_tokens=_GROUP // width)
+        angles = step.positions.astype(np.float32)[:, None] * self._frequencies
+        cos, sin = np.cos(angles), np.sin(angles)
+        return _Places(
+            step=step,
+            slots=step.pages * (2 * self.config.layers * page_size) + step.positions % page_size,
+            cos=np.stack((cos, cos), axis=1)[:, None],
+            sin=np.stack((-sin, sin), axis=1)[:, None],
+        )
+
+    # --- dense layers -----------------------------------------------------------------------------------------------
 
     def _norm(self, x: Floats, weight: Floats) -> Floats:
         """RMS norm over the last axis."""
@@ -140,132 +139,139 @@ class Transformer:
         x *= weight
         return x
 
-    # --- the plan of a step -----------------------------------------------------------------------------------------
+    def _linear(self, name: str, x: Floats, weight: Floats, bias: Floats | None) -> Floats:
+        y = np.matmul(x, weight.T, out=self._scratch.take(name, len(x), len(weight)))
+        if bias is not None:
+            y += bias
+        return y
 
-    def _plan(self, segments: Sequence[Segment], kv: Floats) -> _Step:
-        page_size = kv.shape[3]
-        tables = [np.asarray(s.pages, np.intp) for s in segments]
-        counts = np.array([len(s.tokens) for s in segments])
-        starts = np.array([s.start for s in segments])
-        firsts = np.cumsum(counts) - counts
-        positions = np.arange(counts.sum()) + np.repeat(starts - firsts, counts)
-        pages = np.concatenate(
-            [
-                table[positions[first : first + count] // page_size]
-                for table, first, count in zip(tables, firsts, counts, strict=True)
-            ]
-        )
-        for segment, table in zip(segments, tables, strict=True):
-            _clear_begun_page(segment, table, kv)
-        angles = positions.astype(np.float32)[:, None] * self._frequencies
-        cos, sin = np.cos(angles), np.sin(angles)
-        return _Step(
-            tokens=np.concatenate([s.tokens for s in segments]),
-            slots=pages * (2 * self.config.layers * page_size) + positions % page_size,
-            cos=np.stack((cos, cos), axis=1)[:, None],
-            sin=np.stack((-sin, sin), axis=1)[:, None],
-            chunks=[
-                _Chunk(int(first), int(count), int(start), table[: -(-(int(start) + int(count)) // page_size)])
-                for first, count, start, table in zip(firsts, counts, starts, tables, strict=True)
-                if count > 1
-            ],
-            groups=self._group(firsts[counts == 1], starts[counts == 1] + 1, tables, counts, page_size),
-            wanted=_wanted_rows(segments, firsts, counts),
-        )
+    def _mlp(self, layer: LayerWeights, x: Floats) -> Floats:
+        """The gated feed-forward layer, SwiGLU: down(silu(gate(x)) * up(x))."""
+        gate_up = self._linear("gate_up", x, layer.gate_up, layer.gate_up_bias)
+        width = self.config.mlp
+        gate = gate_up[:, :width]
+        hidden = self._scratch.take("mlp", len(x), width)
+        np.negative(gate, out=hidden)
+        np.exp(hidden, out=hidden)
+        hidden += 1
+        np.divide(gate, hidden, out=hidden)
+        hidden *= gate_up[:, width:]
+        return self._linear("output", hidden, layer.down, layer.down_bias)
 
-    def _group(
-        self,
-        rows: NDArray[np.intp],
-        lengths: NDArray[np.intp],
-        tables: list[NDArray[np.intp]],
-        counts: NDArray[np.intp],
-        page_size: int,
-    ) -> list[_Group]:
-        """Decode segments by falling length, cut into groups whose keys fit the scratch memory."""
-        decodes = [table for table, count in zip(tables, counts, strict=True) if count == 1]
-        order = np.argsort(-lengths, kind="stable")
-        groups: list[_Group] = []
-        while order.size:
-            longest = -(-int(lengths[order[0]]) // page_size)
-            size = max(1, _GROUP // (longest * page_size * self.config.kv_heads * self.config.head_dim))
-            chosen, order = order[:size], order[size:]
-            groups.append(_pad(rows[chosen], lengths[chosen], [decodes[i] for i in chosen], longest, page_size))
-        return groups
+    def _rotate(self, heads: Floats, places: _Places) -> None:
+        """Rotary embedding in place: element i pairs with element i + head_dim / 2."""
+        halves = heads.reshape(*heads.shape[:2], 2, -1)
+        swapped = self._scratch.take("swapped", *halves.shape)
+        np.multiply(halves[:, :, ::-1], places.sin, out=swapped)
+        halves *= places.cos
+        halves += swapped
 
-    # --- one layer --------------------------------------------------------------------------------------------------
+    # --- attention --------------------------------------------------------------------------------------------------
 
-    def _attention(self, layer: LayerWeights, index: int, x: Floats, step: _Step, kv: Floats) -> Floats:
-        """Attention of layer ``index``: (tokens, hidden) to (tokens, hidden); writes the new keys and values."""
+    def _attention(self, layer: LayerWeights, index: int, x: Floats, places: _Places, kv: Floats) -> Floats:
+        """Attention of layer ``index``: (rows, hidden) to (rows, hidden); writes the new keys and values."""
         c = self.config
-        queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        qkv = _linear(x, layer.qkv, layer.qkv_bias)
-        heads = qkv.reshape(len(x), c.heads + 2 * c.kv_heads, c.head_dim)
-        q, k = heads[:, : c.heads], heads[:, c.heads : c.heads + c.kv_heads]
+        qkv = self._linear("qkv", x, layer.qkv, layer.qkv_bias).reshape(len(x), -1, c.head_dim)
+        q, k, v = np.split(qkv, (c.heads, c.heads + c.kv_heads), axis=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q[...] = self._norm(q, layer.q_norm)
             k[...] = self._norm(k, layer.k_norm)
-        _rotate(heads[:, : c.heads + c.kv_heads], step)
-        rows = kv.reshape(-1, keys)
-        slots = step.slots + index * 2 * kv.shape[3]
-        rows[slots] = qkv[:, queries : queries + keys]
-        rows[slots + kv.shape[3]] = qkv[:, queries + keys :]
+        self._rotate(qkv[:, : c.heads + c.kv_heads], places)
+        rows = kv.reshape(-1, c.kv_heads, c.head_dim)
+        slots = places.slots + index * 2 * kv.shape[3]
+        rows[slots] = k
+        rows[slots + kv.shape[3]] = v
         q *= self._scale
-        out = np.empty((len(x), queries), np.float32)
-        for chunk in step.chunks:
-            self._attend_chunk(q, index, chunk, kv, out)
-        for group in step.groups:
-            self._attend_group(q, index, group, kv, out)
-        return _linear(out, layer.output, layer.output_bias)
+        out = self._scratch.take("attended", len(x), c.heads * c.head_dim)
+        for chunk in places.step.chunks:
+            here = slice(chunk.first, chunk.first + chunk.length)
+            self._attend_chunk(q[here], index, chunk, kv, out[here])
+        for group in places.step.groups:
+            out[group.rows] = self._attend_group(q[group.rows], index, group, kv)
+        return self._linear("output", out, layer.output, layer.output_bias)
 
-    def _read_pages(self, pages: NDArray[np.intp], index: int, kv: Floats) -> tuple[Floats, Floats]:
+    def _read_pages(self, pages: Indices, index: int, kv: Floats) -> tuple[Floats, Floats]:
         """Keys and values of layer ``index``, copied out of the pages: each (*pages.shape, page_size, heads, dim)."""
         blocks = kv.reshape(-1, *kv.shape[3:])
         at = pages * (2 * self.config.layers) + 2 * index
-        return blocks.take(at, axis=0), blocks.take(at + 1, axis=0)
+        shape = (*pages.shape, *kv.shape[3:])
+        # mode="clip" because "raise" would fill a copy first; plan() has checked the ids.
+        keys = blocks.take(at, axis=0, out=self._scratch.take("keys", *shape), mode="clip")
+        values = blocks.take(at + 1, axis=0, out=self._scratch.take("values", *shape), mode="clip")
+        return keys, values
 
-    def _attend_chunk(self, q: Floats, index: int, chunk: _Chunk, kv: Floats, out: Floats) -> None:
+    def _attend_chunk(self, q: Floats, index: int, chunk: Chunk, kv: Floats, out: Floats) -> None:
+        """Causal attention of one chunk: q is (length, heads, dim), out (length, heads * dim)."""
         c = self.config
-        sharing = c.heads // c.kv_heads
-        k, v = (a.reshape(-1, c.kv_heads, c.head_dim) for a in self._read_pages(chunk.pages, index, kv))
-        rows = max(16, _TILE // (sharing * (chunk.start + chunk.length)))
-        for at in range(0, chunk.length, rows):
-            count = min(rows, chunk.length - at)
-            past = chunk.start + at
-            here = slice(chunk.first + at, chunk.first + at + count)
-            mask = _causal(count)
+        keys, values = (a.reshape(-1, c.kv_heads, c.head_dim) for a in self._read_pages(chunk.pages, index, kv))
+        shift = not _scores_are_small(q, keys[: chunk.start + chunk.length])
+        height = max(1, min(_TILE_ROWS, _TILE // (chunk.start + chunk.length)) // self._sharing)
+        for at in range(0, chunk.length, height):
+            here = slice(at, min(at + height, chunk.length))
+            seen = chunk.start + here.stop  # keys that the last query of this tile may see
             for head in range(c.kv_heads):
-                shared = slice(head * sharing, (head + 1) * sharing)
-                query = q[here, shared].reshape(count * sharing, c.head_dim)
-                scores = self._scores((count * sharing, past + count))
-                np.matmul(query, k[: past + count, head].T, out=scores)
-                scores.reshape(count, sharing, -1)[:, :, past:] += mask
-                total = _exponentiate(scores)
-                mixed = scores @ v[: past + count, head]
-                mixed /= total
-                out[here, shared.start * c.head_dim : shared.stop * c.head_dim] = mixed.reshape(count, -1)
+                shared = slice(head * self._sharing, (head + 1) * self._sharing)
+                mixed = self._attend_tile(q[here, shared], keys[:seen, head], values[:seen, head], shift=shift)
+                out[here, shared.start * c.head_dim : shared.stop * c.head_dim] = mixed
 
-    def _scores(self, shape: tuple[int, int]) -> Floats:
-        """Scratch memory for one tile."""
-        size = shape[0] * shape[1]
-        if size > self._tile.size:  # a context of more than _TILE / 16 tokens
-            self._tile = np.empty(size, np.float32)
-        return self._tile[:size].reshape(shape)
+    def _attend_tile(self, q: Floats, keys: Floats, values: Floats, *, shift: bool) -> Floats:
+        """The last n positions of a sequence, for the query heads that share a key head.
 
-    def _attend_group(self, q: Floats, index: int, group: _Group, kv: Floats, out: Floats) -> None:
-        c = self.config
-        count = len(group.rows)
-        k, v = (a.reshape(count, -1, c.kv_heads, c.head_dim) for a in self._read_pages(group.pages, index, kv))
-        query = q[group.rows].reshape(count, c.kv_heads, -1, c.head_dim)
-        scores = query @ k.transpose(0, 2, 3, 1)
-        scores += group.mask
-        total = _exponentiate(scores)
-        mixed = scores @ v.transpose(0, 2, 1, 3)
+        Takes q (n, sharing, dim), keys and values (tokens, dim); gives (n, sharing * dim).
+        """
+        n, sharing, dim = q.shape
+        scores = self._scratch.take("scores", n * sharing, len(keys))
+        np.matmul(q.reshape(n * sharing, dim), keys.T, out=scores)
+        scores.reshape(n, sharing, -1)[:, :, -n:] += self._future[:n, :, :n]
+        total = _exponentiate(scores, shift=shift)
+        mixed: Floats = scores @ values
         mixed /= total
-        out[group.rows] = mixed.reshape(count, -1)
+        return mixed.reshape(n, sharing * dim)
+
+    def _attend_group(self, q: Floats, index: int, group: Group, kv: Floats) -> Floats:
+        """One new token each of several sequences: q is (sequences, heads, dim), the result (sequences, heads * dim)."""
+        c = self.config
+        shape = (len(q), -1, c.kv_heads, 1, c.head_dim)
+        keys, values = (a.reshape(shape).transpose(0, 2, 3, 1, 4) for a in self._read_pages(group.pages, index, kv))
+        # Matrix times vector, head by head: BLAS would first repack a matrix to multiply it with two or four rows. The
+        # heads that share a key head follow each other, so its keys are still in the cache.
+        scores: Floats = (keys @ q.reshape(len(q), c.kv_heads, self._sharing, c.head_dim, 1))[..., 0]
+        scores += group.mask
+        total = _exponentiate(scores, shift=True)
+        mixed: Floats = (scores[..., None, :] @ values)[..., 0, :]
+        mixed /= total
+        return mixed.reshape(len(q), -1)
+
+
+def _exponentiate(scores: Floats, *, shift: bool) -> Floats:
+    """Softmax over the last axis in place, but for the division: returns the sums, shape (..., 1).
+
+    Dividing the mixed values instead of the scores saves a pass over the larger array. So does ``shift=False``, which
+    leaves out subtracting the maximum; the result is the same unless exp overflows or vanishes.
+    """
+    if shift:
+        scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    total: Floats = scores @ np.ones((scores.shape[-1], 1), np.float32)
+    return total
+
+
+def _scores_are_small(queries: Floats, keys: Floats) -> bool:
+    """Whether no score can leave [-60, 60], by Cauchy and Schwarz: exp(60) is 1e26, and thousands of them still add up.
+
+    Two reads of the vectors against two passes over all scores: a tenth of the time of a long prefill.
+    """
+    return bool(np.vecdot(queries, queries).max() * np.vecdot(keys, keys).max() < 60.0**2)
+
+
+def _future(size: int) -> Floats:
+    """(size, 1, size): -inf where a query would see a later key, 0 elsewhere."""
+    mask = np.full((size, size), -np.inf, np.float32)
+    return np.triu(mask, k=1)[:, None, :]
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> Floats:
-    """Radians per token for each of the head_dim / 2 pairs; float32, as transformers computes them.
+    """Radians per token for each of the head_dim / 2 pairs; float32 throughout, as transformers computes them.
 
     Llama 3.1's stretch slows a pair by ``factor`` when its wavelength is long compared with the context that the model
     was trained with, leaves short ones alone, and blends in between.
@@ -279,88 +285,3 @@ def rope_frequencies(rope: Rope, head_dim: int) -> Floats:
     kept = np.clip((turns - np.float32(rope.low_freq_factor)) / span, 0, 1)
     stretched: Floats = kept * plain + (1 - kept) * plain / np.float32(rope.factor)
     return stretched.astype(np.float32)
-
-
-def _linear(x: Floats, weight: Floats, bias: Floats | None) -> Floats:
-    y: Floats = x @ weight.T
-    if bias is not None:
-        y += bias
-    return y
-
-
-def _mlp(layer: LayerWeights, x: Floats) -> Floats:
-    """The gated feed-forward layer, SwiGLU: down(silu(gate(x)) * up(x))."""
-    gate_up = _linear(x, layer.gate_up, layer.gate_up_bias)
-    width = gate_up.shape[1] // 2
-    gate = gate_up[:, :width]
-    sigmoid = np.negative(gate)
-    np.exp(sigmoid, out=sigmoid)
-    sigmoid += 1
-    np.divide(gate, sigmoid, out=sigmoid)
-    sigmoid *= gate_up[:, width:]
-    return _linear(sigmoid, layer.down, layer.down_bias)
-
-
-def _rotate(heads: Floats, step: _Step) -> None:
-    """Rotary embedding in place: element i pairs with element i + head_dim / 2."""
-    halves = heads.reshape(*heads.shape[:2], 2, -1)
-    swapped = halves[:, :, ::-1] * step.sin
-    halves *= step.cos
-    halves += swapped
-
-
-def _exponentiate(scores: Floats) -> Floats:
-    """Softmax over the last axis in place, but for the division: returns the sums, shape (..., 1).
-
-    Dividing the mixed values instead of the scores saves a pass over the larger array.
-    """
-    scores -= scores.max(axis=-1, keepdims=True)
-    np.exp(scores, out=scores)
-    total: Floats = scores @ np.ones((scores.shape[-1], 1), np.float32)
-    return total
-
-
-def _causal(count: int) -> Floats:
-    """(count, 1, count): -inf above the diagonal, 0 elsewhere."""
-    future = np.arange(count)[None, :] > np.arange(count)[:, None]
-    return np.where(future, np.float32(-np.inf), np.float32(0))[:, None, :]
-
-
-def _clear_begun_page(segment: Segment, pages: NDArray[np.intp], kv: Floats) -> None:
-    """Zeroes the last page that the segment writes, when this segment begins it and leaves it unfilled."""
-    page_size = kv.shape[3]
-    end = segment.start + len(segment.tokens)
-    begun = (end - 1) // page_size
-    if begun * page_size >= segment.start and end % page_size:
-        kv[pages[begun]] = 0
-
-
-def _pad(
-    rows: NDArray[np.intp],
-    lengths: NDArray[np.intp],
-    tables: list[NDArray[np.intp]],
-    longest: int,
-    page_size: int,
-) -> _Group:
-    pages = np.empty((len(rows), longest), np.intp)
-    for i, (table, length) in enumerate(zip(tables, lengths, strict=True)):
-        needed = -(-int(length) // page_size)
-        pages[i, :needed] = table[:needed]
-        pages[i, needed:] = table[0]
-    padding = np.arange(longest * page_size) >= lengths[:, None]
-    mask = np.where(padding, np.float32(-np.inf), np.float32(0))
-    return _Group(rows, pages, mask[:, None, None, :])
-
-
-def _wanted_rows(segments: Sequence[Segment], firsts: Integers, counts: Integers) -> NDArray[np.intp]:
-    return np.concatenate(
-        [
-            np.arange(first if segment.all_logits else first + count - 1, first + count)
-            for segment, first, count in zip(segments, firsts, counts, strict=True)
-        ]
-    )
-
-
-def _split(logits: Floats, segments: Sequence[Segment]) -> list[Floats]:
-    sizes = [len(s.tokens) if s.all_logits else 1 for s in segments]
-    return np.split(logits, np.cumsum(sizes)[:-1])
