@@ -1,0 +1,5 @@
+"""``python -m disagg``."""
+
+from disagg.cli import main
+
+main()

@@ -1,0 +1,163 @@
+"""The `disagg` command: parse, call, print."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+
+from disagg import __version__, server
+from disagg.config import Config, Setting, default_toml, is_repeatable, parse_config, settings
+from disagg.errors import ConfigError, DisaggError
+from disagg.model import Role
+
+CONFIG_FILE = "disagg.toml"
+
+app = typer.Typer(
+    name="disagg",
+    help="Serve large language models with prefill and decode on separate machines.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", help=f"The config file; without it ./{CONFIG_FILE} if there is one.")]
+
+
+class ServeRole(StrEnum):
+    """The roles that this release can serve."""
+
+    ROUTER = "router"
+
+
+def _flag(setting: Setting) -> inspect.Parameter:
+    """A setting as a parameter that typer understands. None means that the flag was not given."""
+    kind = get_args(setting.type)[0] if get_origin(setting.type) is Annotated else setting.type
+    while get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    annotation = list[str] | None if is_repeatable(setting) else kind | None
+    shown = "" if is_repeatable(setting) else f"  [default: {setting.default if setting.default != '' else 'empty'}]"
+    option = typer.Option(setting.flag, help=setting.text + shown, show_default=False)
+    return inspect.Parameter(setting.key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option])
+
+
+def with_settings(*sections: str, leave_out: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command a flag for each setting of these sections; it gets their values as ``flags``, section -> key -> value."""
+    chosen = [s for s in settings(*sections) if s.key not in leave_out]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
+
+        def wrapped(**given: Any) -> None:
+            flags: dict[str, dict[str, Any]] = {}
+            for setting in chosen:
+                value = given.pop(setting.key)
+                if value is not None:
+                    flags.setdefault(setting.section, {})[setting.key] = value
+            command(**given, flags=flags)
+
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + [_flag(s) for s in chosen]
+        wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+        wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+        return wrapped
+
+    return decorate
+
+
+def _load(path: Path | None, flags: dict[str, dict[str, Any]] | None = None) -> Config:
+    file = path or Path(CONFIG_FILE)
+    if path is None and not file.exists():
+        return parse_config("", file=CONFIG_FILE, flags=flags)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from error
+    return parse_config(text, file=str(file), flags=flags)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    """Serve large language models with prefill and decode on separate machines."""
+    if version:
+        _say(f"disagg {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+@with_settings("router", "observe")
+def serve(
+    *,
+    role: Annotated[ServeRole, typer.Option(help="What this host does.")],
+    config: ConfigOption = None,
+    flags: dict[str, dict[str, Any]],
+) -> None:
+    """Run one host's part of a cluster. The router serves engines that run already, given by URL."""
+    loaded = _load(config, flags)
+    assert role is ServeRole.ROUTER
+    server.run(lambda: server.serve_router(loaded, _say))
+
+
+@app.command()
+@with_settings("router", "engine", "observe", leave_out=("prefill", "decode", "unified"))
+def up(
+    *,
+    prefill: Annotated[int | None, typer.Option(min=0, help="How many prefill engines.  [default: 1]")] = None,
+    decode: Annotated[int | None, typer.Option(min=0, help="How many decode engines.  [default: 1]")] = None,
+    unified: Annotated[int, typer.Option(min=0, help="How many unified engines.  [default: 0]", show_default=False)] = 0,
+    config: ConfigOption = None,
+    flags: dict[str, dict[str, Any]],
+) -> None:
+    """Run a whole cluster on this machine: engines and a router. Ctrl-C stops all of it."""
+    loaded = _load(config, flags)
+    counts = {
+        Role.PREFILL: 1 if prefill is None else prefill,
+        Role.DECODE: 1 if decode is None else decode,
+        Role.UNIFIED: unified,
+    }
+    if not unified and not (counts[Role.PREFILL] and counts[Role.DECODE]):
+        raise typer.BadParameter("a cluster needs a prefill and a decode engine, or a unified one")
+    server.run(lambda: server.run_up(loaded, counts, _say))
+
+
+@app.command()
+def check(
+    *,
+    config: ConfigOption = None,
+    default: Annotated[bool, typer.Option("--default", help="Print the commented default file instead.")] = False,
+) -> None:
+    """Validate the config file and print what it means: every setting, those that differ from the default marked."""
+    if default:
+        _say(default_toml().rstrip())
+        return
+    loaded = _load(config)
+    for setting in settings("router", "engine", "observe"):
+        value = getattr(getattr(loaded, setting.section), setting.key)
+        mark = "*" if value != setting.default else " "
+        _say(f"{mark} {setting.section}.{setting.key:<26} {value!r:<24} {setting.text}")
+    _say("The config is valid. (* differs from the default)")
+
+
+def main() -> None:
+    """The console script. A `DisaggError` becomes one line and its exit code."""
+    try:
+        app()
+    except DisaggError as error:
+        print(f"disagg: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The router's counters, and their Prometheus form.
+
+The hot path adds to plain integers; only a scrape builds Prometheus objects. Names are those of the contract; units are seconds, bytes and
+tokens.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from disagg.model import ClusterView
+
+_LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_STEP_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 5.0)
+
+
+class Histogram:
+    """Counts per bucket; upper bounds in seconds, the last bucket is open."""
+
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value_s: float, times: int = 1) -> None:
+        """Adds a value, seen `times` times."""
+        self._counts[bisect_left(self._bounds, value_s)] += times
+        self._sum += value_s * times
+
+    @property
+    def count(self) -> int:
+        """How many values were seen."""
+        return sum(self._counts)
+
+    def family(self, name: str, text: str) -> HistogramMetricFamily:
+        """Its Prometheus form."""
+        buckets, total = [], 0
+        for bound, count in zip([*map(str, self._bounds), "+Inf"], self._counts, strict=True):
+            total += count
+            buckets.append((bound, float(total)))
+        return HistogramMetricFamily(name, text, buckets=buckets, sum_value=self._sum)
+
+
+class RouterMetrics(Collector):
+    """What the router counts.
+
+    Args:
+        view: returns the current view of the cluster, for engine states and transferred bytes.
+    """
+
+    def __init__(self, view: Callable[[], ClusterView]) -> None:
+        self.requests: Counter[tuple[str, str]] = Counter()
+        self.handoffs: Counter[str] = Counter()
+        self.replays: Counter[str] = Counter()
+        self.shed: Counter[str] = Counter()
+        self.inflight = 0
+        self.ttft = Histogram(_LATENCY_S)
+        self.itl = Histogram(_STEP_S)
+        self.loop_lag = Histogram(_STEP_S)
+        self._view = view
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by prometheus_client at each scrape."""
+        yield _counter("disagg_requests", "Requests by route and outcome.", ["route", "outcome"], self.requests.items())
+        yield GaugeMetricFamily("disagg_inflight", "Requests being handled.", value=self.inflight)
+        yield self.ttft.family("disagg_ttft_seconds", "Time from a streaming request's arrival to the first bytes of its answer.")
+        yield self.itl.family("disagg_itl_seconds", "Time between two events of a stream.")
+        yield _counter("disagg_handoffs", "Attempts by how they ended.", ["outcome"], _by_one(self.handoffs))
+        yield _counter("disagg_replays", "Attempts made again, by reason.", ["reason"], _by_one(self.replays))
+        yield _counter("disagg_shed", "Requests refused for want of capacity, by reason.", ["reason"], _by_one(self.shed))
+        yield self.loop_lag.family("disagg_loop_lag_seconds", "How late the router's own timer was.")
+        yield from self._of_engines()
+
+    def _of_engines(self) -> Iterator[Metric]:
+        view = self._view()
+        states = Counter((e.address.role.value, e.state.value) for e in view.engines)
+        engines = GaugeMetricFamily("disagg_engines", "Engines by role and state.", labels=["role", "state"])
+        for labels, count in sorted(states.items()):
+            engines.add_metric(list(labels), count)
+        yield engines
+        moved = CounterMetricFamily("disagg_kv_transfer_bytes", "KV cache bytes received by the decode engines that say so.")
+        moved.add_metric([], sum(e.load.kv_transfer_bytes for e in view.engines if e.address.role == "decode"))
+        yield moved
+
+    def text(self) -> bytes:
+        """The body of ``GET /metrics``."""
+        return generate_latest(self._registry)
+
+
+def _by_one(counter: Counter[str]) -> Iterable[tuple[tuple[str, ...], int]]:
+    return (((key,), count) for key, count in counter.items())
+
+
+def _counter(name: str, text: str, labels: Sequence[str], items: Iterable[tuple[tuple[str, ...], int]]) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, text, labels=labels)
+    for values, count in sorted(items):
+        family.add_metric(list(values), count)
+    return family

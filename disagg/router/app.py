@@ -1,0 +1,342 @@
+"""The public listener and the admin listener.
+
+The public one is aiohttp's low-level server with a dict lookup on the raw path: no router, no middleware, no response classes on the way
+of a token. `handler_cancellation` is on, so that a client that leaves cancels its handler and through it both engines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+import structlog
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http_parser import RawRequestMessage
+from aiohttp.streams import StreamReader
+
+from disagg.errors import BodyTooLargeError, ClientGoneError, DisaggError, NoCapacityError, RequestError
+from disagg.ids import Ids, engine_rid
+from disagg.model import ClusterView
+from disagg.observe.metrics import RouterMetrics
+from disagg.router.attempt import Attempt
+from disagg.router.client import Client
+from disagg.router.compose import Composition
+from disagg.router.journal import Journal
+from disagg.router.legs import StreamLeg, WholeLeg
+from disagg.router.merge import sample_bodies
+from disagg.router.openai import ClientRequest, Route, error_body, error_event, error_object, models_body, parse_request
+from disagg.router.relay import Job, Record, Relay
+
+BODY_TIMEOUT_S = 30.0
+KEEPALIVE_S = 75.0
+
+_ROUTES = {route.value: route for route in Route}
+_GET_PATHS = frozenset({"/healthz", "/readyz", "/v1/models"})
+
+
+class PublicListener:
+    """Handles the requests of clients.
+
+    Args:
+        body_limit: the largest body, in bytes.
+        started_at: Unix seconds; only shown, as the creation time of models.
+    """
+
+    def __init__(
+        self,
+        *,
+        relay: Relay,
+        view: Callable[[], ClusterView],
+        metrics: RouterMetrics,
+        ids: Ids,
+        body_limit: int,
+        started_at: int,
+        log: structlog.typing.FilteringBoundLogger,
+    ) -> None:
+        self.draining = False
+        self._relay = relay
+        self._view = view
+        self._metrics = metrics
+        self._ids = ids
+        self._body_limit = body_limit
+        self._started_at = started_at
+        self._log = log
+
+    def server(self) -> web.Server:
+        """The protocol factory to listen with."""
+        server = _Server(
+            self.handle,
+            request_factory=self._make_request,
+            handler_cancellation=True,
+            auto_decompress=False,
+            access_log=None,
+            keepalive_timeout=KEEPALIVE_S,
+            lingering_time=2.0,
+            max_line_size=8190,
+            max_field_size=16 * 1024,
+        )
+        server.log = self._log
+        return server
+
+    def _make_request(
+        self,
+        message: RawRequestMessage,
+        payload: StreamReader,
+        protocol: Any,
+        writer: AbstractStreamWriter,
+        task: asyncio.Task[None],
+    ) -> web.BaseRequest:
+        # One byte over the limit is let through by aiohttp's reader, so that the limit's own error is ours.
+        return web.BaseRequest(message, payload, protocol, writer, task, self._relay.loop, client_max_size=self._body_limit)
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """One request. Every error ends here as an OpenAI error object or as an event."""
+        path = request.raw_path
+        route = _ROUTES.get(path)
+        if route is not None and request.method == "POST":
+            return await self._generate(request, route)
+        return await self._other(request, path.partition("?")[0])
+
+    # --- generation
+
+    async def _generate(self, http: web.BaseRequest, route: Route) -> web.StreamResponse:
+        relay, metrics = self._relay, self._metrics
+        client = Client(http, self._ids.request_id())
+        record = Record(client.request_id, route.value, relay.loop.time())
+        relay.remember(record)
+        metrics.inflight += 1
+        try:
+            await self._serve(http, route, client, record)
+            record.outcome = "ok"
+        except DisaggError as error:
+            self._fail(client, record, error)
+        except ConnectionResetError as error:
+            self._fail(client, record, ClientGoneError(str(error)))
+        except asyncio.CancelledError:
+            record.outcome = "client_gone"
+            raise
+        except Exception as error:  # noqa: BLE001  # one request's failure must not become another's; it is counted and logged
+            self._log.exception("a request failed by a fault of disagg", request=client.request_id)
+            self._fail(client, record, DisaggError(f"disagg failed on this request ({type(error).__name__}); its log says why"))
+        finally:
+            metrics.inflight -= 1
+            metrics.requests[route.value, record.outcome] += 1
+        return client.finished()
+
+    async def _serve(self, http: web.BaseRequest, route: Route, client: Client, record: Record) -> None:
+        if self.draining:
+            raise NoCapacityError("this router is shutting down; ask again", retry_after_s=2)
+        deadline_at = self._deadline(http, record.started_at)
+        request = parse_request(route, await self._body(http, client))
+        record.model = request.model
+        relay = self._relay
+        bodies = sample_bodies(request) if request.samples > 1 and relay.may_pair(request) else [request.rest]
+        record.jobs = self._jobs(request, bodies, client.request_id, deadline_at)
+        if len(bodies) > 1 or request.merge_logprobs:
+            await Composition(relay, request, client, record.jobs).answer()
+        elif request.stream:
+            await self._serve_stream(request, record.jobs[0], client)
+        else:
+            await self._serve_whole(record.jobs[0], client)
+        if request.stream:
+            self._metrics.ttft.observe(record.jobs[0].attempts[-1].first_token_at - record.started_at)
+
+    def _jobs(self, request: ClientRequest, bodies: list[bytes], request_id: str, deadline_at: float | None) -> list[Job]:
+        serial = itertools.count().__next__
+        count = 1 if request.prompts is None else request.prompts
+
+        def rids() -> list[str]:
+            return [engine_rid(request_id, serial()) for _ in range(count)]
+
+        return [Job(request, body, rids, deadline_at) for body in bodies]
+
+    async def _serve_stream(self, request: ClientRequest, job: Job, client: Client) -> None:
+        journals: list[Journal] = []
+
+        def leg(attempt: Attempt, number: int) -> StreamLeg:
+            journals.append(Journal(request.route, self._metrics.itl.observe))
+            return StreamLeg(attempt, client, journals[-1], number)
+
+        try:
+            await self._relay.run(job, leg, client)
+        finally:
+            for journal in journals:
+                journal.fold()
+
+    async def _serve_whole(self, job: Job, client: Client) -> None:
+        attempt = await self._relay.run(job, lambda attempt, _number: WholeLeg(attempt), client)
+        leg = attempt.decode_leg
+        assert isinstance(leg, WholeLeg)
+        client.send_whole(200, leg.body, choice=attempt.choice, attempt=len(job.attempts))
+
+    def _deadline(self, http: web.BaseRequest, now: float) -> float | None:
+        text = http.headers.get("x-disagg-deadline-ms")
+        if text is None:
+            return None
+        if not (text.isascii() and text.isdigit() and int(text[:12]) > 0):
+            raise RequestError("`x-disagg-deadline-ms` takes a whole number of milliseconds, at least 1", param="x-disagg-deadline-ms")
+        return now + int(text[:12]) / 1000
+
+    async def _body(self, http: web.BaseRequest, client: Client) -> bytes:
+        length = http.content_length
+        too_large = f"the body is over the limit of {self._body_limit} bytes"
+        if http.headers.get("Content-Encoding", "identity") != "identity":
+            client.must_close()
+            raise RequestError("send the body as it is: compressed bodies are not read", code="unsupported_encoding")
+        if length is not None and length > self._body_limit:
+            client.must_close()
+            raise BodyTooLargeError(too_large)
+        if "Expect" in http.headers and not http.content.is_eof():
+            client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        try:
+            if http.content.is_eof():
+                return await http.read()
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                return await http.read()
+        except web.HTTPRequestEntityTooLarge as error:
+            client.must_close()
+            raise BodyTooLargeError(too_large) from error
+        except TimeoutError as error:
+            client.must_close()
+            raise RequestError(f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from error
+
+    def _fail(self, client: Client, record: Record, error: DisaggError) -> None:
+        record.outcome = _outcome(error)
+        record.error = str(error)
+        if isinstance(error, NoCapacityError):
+            self._metrics.shed["draining" if self.draining else "no_engine"] += 1
+        if record.outcome not in {"client_error", "client_gone"}:
+            self._log.warning("request failed", request=client.request_id, outcome=record.outcome, error=str(error))
+        if isinstance(error, ClientGoneError):
+            client.must_close()
+        elif client.started:
+            client.write(client.frame(error_event(error)))
+            client.end_stream()
+        else:
+            retry = f"Retry-After: {error.retry_after_s}\r\n" if isinstance(error, NoCapacityError) else ""
+            attempts = [a for job in record.jobs for a in job.attempts]
+            choice = attempts[-1].choice if attempts else None
+            client.send_whole(error.status, error_body(error), choice=choice, attempt=len(attempts), extra=retry)
+
+    # --- the rest
+
+    async def _other(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
+        if path in _ROUTES:
+            return _error(405, f"{path} takes POST", headers={"Allow": "POST"})
+        if path not in _GET_PATHS:
+            known = ", ".join(sorted([*_ROUTES, *_GET_PATHS]))
+            return _error(404, f"there is nothing at {path[:200]!r}; there is {known}")
+        if request.method not in {"GET", "HEAD"}:
+            return _error(405, f"{path} takes GET", headers={"Allow": "GET, HEAD"})
+        if path == "/healthz":
+            return web.json_response({"status": "alive"})
+        return self._models() if path == "/v1/models" else self._ready()
+
+    def _models(self) -> web.Response:
+        pools = self._view().pools
+        contexts = {name: min((e.facts.context_tokens for e in (*p.decode, *p.unified)), default=0) for name, p in pools.items()}
+        return web.Response(body=models_body(contexts, created=self._started_at), content_type="application/json")
+
+    def _ready(self) -> web.Response:
+        reason = "this router is shutting down" if self.draining else self._view().why_not_ready()
+        if not reason:
+            return web.json_response({"status": "ready"})
+        return _error(503, reason, headers={"Retry-After": "2"})
+
+
+class _Connection(web.RequestHandler):
+    """Answers HTTP that cannot be parsed with an OpenAI error object, and logs no traceback for it."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """Called by aiohttp when a request is not HTTP, or when a handler raised."""
+        if status == 500 and isinstance(self._manager, _Server):
+            self._manager.log.error("a request failed outside of its handler", exc_info=exc)
+        sentence = "the request is not valid HTTP/1.1" if status == 400 else "disagg failed on this request"
+        response = _error(status, sentence)
+        response.force_close()
+        return response
+
+
+class _Server(web.Server):
+    log: structlog.typing.FilteringBoundLogger
+
+    def __call__(self) -> web.RequestHandler:
+        return _Connection(self, loop=self._loop, **self._kwargs)
+
+
+def _outcome(error: DisaggError) -> str:
+    if isinstance(error, ClientGoneError):
+        return "client_gone"
+    if isinstance(error, NoCapacityError):
+        return "no_capacity"
+    if 400 <= error.status < 500:
+        return "client_error"
+    return "engine_error" if error.kind == "engine_error" else "internal_error"
+
+
+def _error(status: int, sentence: str, headers: dict[str, str] | None = None) -> web.Response:
+    kind = "invalid_request_error" if status < 500 else "service_unavailable" if status == 503 else "internal_error"
+    body = msgspec.json.encode(error_object(sentence, kind=kind))
+    return web.Response(status=status, reason=HTTPStatus(status).phrase, body=body, content_type="application/json", headers=headers)
+
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def admin_app(*, view: Callable[[], ClusterView], relay: Relay, metrics: RouterMetrics) -> web.Application:
+    """The admin listener: metrics and what the router knows. It changes nothing yet."""
+
+    async def get_metrics(_: web.Request) -> web.Response:
+        return web.Response(body=metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def get_cluster(_: web.Request) -> web.Response:
+        return web.Response(body=msgspec.json.encode(cluster_json(view())), content_type="application/json")
+
+    async def get_requests(_: web.Request) -> web.Response:
+        rows = [{"id": r.request_id, "route": r.route, "model": r.model, "outcome": r.outcome} for r in reversed(relay.records.values())]
+        return web.json_response({"requests": rows})
+
+    async def get_request(request: web.Request) -> web.Response:
+        story = relay.waterfall(request.match_info["id"])
+        return _error(404, "no such request: the last 1000 are kept") if story is None else web.json_response(story)
+
+    app = web.Application()
+    app.router.add_get("/metrics", get_metrics)
+    app.router.add_get("/admin/cluster", get_cluster)
+    app.router.add_get("/admin/requests", get_requests)
+    app.router.add_get("/admin/requests/{id}", get_request)
+    return app
+
+
+def cluster_json(view: ClusterView) -> dict[str, Any]:
+    """The view in the shape of ``GET /admin/cluster``."""
+    engines = [
+        {
+            "id": e.id,
+            "host": e.address.host,
+            "role": e.address.role.value,
+            "state": e.state.value,
+            "model": e.facts.model,
+            "url": e.address.url,
+            "pid": e.address.pid or None,
+            "load": {
+                "running": e.load.running,
+                "waiting": e.load.waiting,
+                "kv_used_tokens": e.load.kv_used_tokens,
+                "kv_total_tokens": e.load.kv_total_tokens,
+            },
+            "reason": e.reason,
+        }
+        for e in view.engines
+    ]
+    hosts = [{"id": name} for name in sorted({e.address.host for e in view.engines})]
+    return {"hosts": hosts, "engines": engines}

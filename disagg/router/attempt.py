@@ -1,0 +1,387 @@
+"""One attempt: the hands of one `Handoff`. Two legs on two engines, one answer.
+
+Ownership:  relay ──► attempt ──► handoff (decides)
+                         ├──► prefill leg ──► connection to the prefill engine     its answer is drained
+                         └──► decode leg  ──► connection to the decode engine      its answer goes to the client
+
+The legs report what they see as events; the attempt carries out the commands. Everything here is synchronous: it runs inside
+`data_received`, and only the relay's handler task waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import msgspec
+
+from disagg.errors import DisaggError, EngineError, EngineRefusedError
+from disagg.handoff import (
+    FINAL,
+    AbortDecode,
+    AbortPrefill,
+    ClientLeft,
+    CloseDecode,
+    ClosePrefill,
+    Command,
+    DecodeFailed,
+    DecodeFinished,
+    Dispatched,
+    Event,
+    FailClient,
+    FinishClient,
+    FirstTokenSeen,
+    Handoff,
+    LegsSent,
+    PrefillFailed,
+    PrefillFinished,
+    Tick,
+)
+from disagg.model import Choice
+from disagg.router.upstream import Upstream, UpstreamConnection, unframe
+
+ANSWER_LIMIT = 64 * 1024 * 1024
+_ERROR_EVENT = b'data: {"error"'
+
+
+class Owner(Protocol):
+    """What an attempt needs of the relay."""
+
+    loop: asyncio.AbstractEventLoop
+
+    def abort_rids(self, upstream: Upstream, rids: Sequence[str]) -> None:
+        """Posts an abort for each rid."""
+
+    def leg_ended(self, slot: int) -> None:
+        """A leg of the engine in this slot ended."""
+
+    def settled(self, attempt: Attempt) -> None:
+        """No engine works for this attempt any more."""
+
+
+class Attempt:
+    """One attempt in flight.
+
+    Args:
+        owner: the relay.
+        choice: the pair, or the unified engine.
+        rids: the engine-side request ids, one for each prompt.
+        prefill, decode: the engines' connections; prefill is None for a unified engine.
+
+    Attributes:
+        finished: the client's side is over; `error` says why, None when it has the whole answer.
+        stalled: the client reads too slowly; the waiting task drains it and calls `resume`.
+        last_read_at: when decode's bytes were last seen.
+        retryable: it failed before any engine can have worked on it.
+        on_prefill_answer: called with prefill's whole body when it ended with success.
+        on_wake: called by the waiting task each time it wakes; takes what an `EventLeg` has collected.
+    """
+
+    __slots__ = (
+        "_waiter",
+        "choice",
+        "decode_connection",
+        "decode_leg",
+        "error",
+        "finished",
+        "first_token_at",
+        "handoff",
+        "last_read_at",
+        "on_prefill_answer",
+        "on_wake",
+        "owner",
+        "prefill_connection",
+        "prefill_leg",
+        "retryable",
+        "rids",
+        "stalled",
+        "upstreams",
+    )
+
+    def __init__(
+        self,
+        owner: Owner,
+        choice: Choice,
+        rids: Sequence[str],
+        handoff: Handoff,
+        prefill: Upstream | None,
+        decode: Upstream,
+    ) -> None:
+        self.owner = owner
+        self.choice = choice
+        self.rids = rids
+        self.handoff = handoff
+        self.upstreams: tuple[Upstream | None, Upstream] = (prefill, decode)
+        self.finished = False
+        self.stalled = False
+        self.error: DisaggError | None = None
+        self.on_prefill_answer: Callable[[bytes], None] | None = None
+        self.on_wake: Callable[[], None] | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self.prefill_connection: UpstreamConnection | None = None
+        self.decode_connection: UpstreamConnection | None = None
+        self.prefill_leg: PrefillLeg | None = None
+        self.decode_leg: DecodeLeg | None = None
+        self.first_token_at = 0.0
+        self.last_read_at = 0.0
+        self.retryable = False
+        self.handle(Dispatched())
+
+    def send(
+        self,
+        decode_leg: DecodeLeg,
+        connections: tuple[UpstreamConnection | None, UpstreamConnection],
+        requests: tuple[bytes, bytes],
+    ) -> None:
+        """Sends both legs at once, as SGLang's protocol wants it.
+
+        Args:
+            decode_leg: what becomes of the answer.
+            connections: to prefill (None for a unified engine) and decode.
+            requests: the bytes for each, in the same order.
+        """
+        prefill, decode = connections
+        self.decode_leg = decode_leg
+        self.decode_connection = decode
+        if prefill is not None:
+            self.prefill_leg = PrefillLeg(self)
+            self.prefill_connection = prefill
+            prefill.send(self.prefill_leg, requests[0])
+        decode.send(decode_leg, requests[1])
+        self.handle(LegsSent())
+
+    def handle(self, event: Event) -> None:
+        """Feeds the machine and does what it says."""
+        commands = self.handoff.handle(event, now=self.owner.loop.time())
+        for command in commands:
+            self._do(command)
+
+    def _do(self, command: Command) -> None:
+        match command:
+            case FinishClient():
+                self._resolve(None)
+            case FailClient(error=error):
+                self._resolve(error)
+            case AbortPrefill():
+                self._abort(self.upstreams[0])
+            case AbortDecode():
+                self._abort(self.upstreams[1])
+            case ClosePrefill():
+                self._close(self.prefill_connection)
+                self.prefill_ended(PrefillFailed(EngineError("its leg was closed")))
+            case CloseDecode():
+                self._close(self.decode_connection)
+                self.decode_ended(DecodeFailed(EngineError("its leg was closed")))
+            case _:
+                pass  # SendLegs: the relay sends as soon as both connections are there
+
+    def _abort(self, upstream: Upstream | None) -> None:
+        if upstream is not None:
+            self.owner.abort_rids(upstream, self.rids)
+
+    def _close(self, connection: UpstreamConnection | None) -> None:
+        if connection is not None:
+            connection.abandon()
+
+    def _resolve(self, error: DisaggError | None) -> None:
+        self.finished = True
+        self.error = error
+        self.wake()
+
+    def wake(self) -> None:
+        """Wakes the task that waits, if one does."""
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Waits until somebody calls `wake`. The caller looks at the state before and after: a wake-up without a waiter is not kept."""
+        self._waiter = self.owner.loop.create_future()
+        await self._waiter
+
+    # --- what the legs report
+
+    def first_token(self, now: float) -> None:
+        """Decode's first bytes are here."""
+        self.first_token_at = self.last_read_at = now
+        self.handle(FirstTokenSeen())
+
+    def prefill_ended(self, event: PrefillFinished | PrefillFailed) -> None:
+        """Prefill's answer ended, one way or the other."""
+        prefill = self.choice.prefill
+        assert prefill is not None
+        self.prefill_connection = None
+        self.owner.leg_ended(prefill.slot)
+        self.handle(event)
+        self._settle()
+
+    def decode_ended(self, event: DecodeFinished | DecodeFailed) -> None:
+        """Decode's answer ended, one way or the other."""
+        self.decode_connection = None
+        self.owner.leg_ended(self.choice.decode.slot)
+        self.handle(event)
+        self._settle()
+
+    def unconnected(self, event: PrefillFailed | DecodeFailed) -> None:
+        """An engine could not be connected: nothing was sent to either."""
+        self.handle(event)
+        self._settle()
+
+    def client_left(self) -> None:
+        """The client closed its connection."""
+        if self.handoff.state not in FINAL:
+            self.handle(ClientLeft())
+            self._settle()
+
+    def tick(self, now: float) -> None:
+        """Called by the relay's one timer."""
+        due = self.handoff.next_deadline()
+        if due is not None and now >= due:
+            self.handle(Tick(self.last_read_at))
+            self._settle()
+
+    def pause(self) -> None:
+        """The client reads too slowly: stop reading decode's answer."""
+        self.stalled = True
+        if self.decode_connection is not None:
+            self.decode_connection.pause()
+        self.wake()
+
+    def resume(self) -> None:
+        """The client caught up."""
+        self.stalled = False
+        if self.decode_connection is not None:
+            self.decode_connection.resume()
+
+    def _settle(self) -> None:
+        if self.handoff.settled:
+            self.owner.settled(self)
+
+    def __repr__(self) -> str:
+        return f"<Attempt {self.rids[0]} {self.handoff!r}>"
+
+
+class PrefillLeg:
+    """Drains prefill's answer; it is read for an error's sentence and for input logprobs, else dropped."""
+
+    __slots__ = ("_parts", "_size", "_status", "attempt")
+
+    def __init__(self, attempt: Attempt) -> None:
+        self.attempt = attempt
+        self._status = 0
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def head(self, status: int, *, is_stream: bool) -> None:
+        """The response head arrived."""
+        self._status = status
+
+    def payload(self, data: bytes) -> None:
+        """A part of the body."""
+        self._size += len(data)
+        if self._size <= ANSWER_LIMIT:
+            self._parts.append(data)
+
+    def frames(self, raw: bytes, aligned: bool) -> None:
+        """Whole HTTP chunks of the body."""
+        for data in unframe(raw):
+            self.payload(data)
+
+    def ended(self) -> None:
+        """The answer is complete."""
+        body = b"".join(self._parts)
+        self._parts = []
+        error = refusal(self.attempt.choice.prefill, self._status, body)
+        if error is not None:
+            self.attempt.prefill_ended(PrefillFailed(error))
+            return
+        if self.attempt.on_prefill_answer is not None:
+            self.attempt.on_prefill_answer(body)
+        self.attempt.prefill_ended(PrefillFinished())
+        self.attempt.wake()
+
+    def broken(self, error: EngineError, *, stale: bool) -> None:
+        """The connection is gone."""
+        self.attempt.retryable = stale
+        self.attempt.prefill_ended(PrefillFailed(error))
+
+
+class DecodeLeg:
+    """What all decode legs share: the head, and an answer that is an error."""
+
+    __slots__ = ("_error_parts", "attempt", "is_stream", "status")
+
+    def __init__(self, attempt: Attempt) -> None:
+        self.attempt = attempt
+        self.status = 0
+        self.is_stream = False
+        self._error_parts: list[bytes] = []
+
+    def head(self, status: int, *, is_stream: bool) -> None:
+        """The response head arrived. The client hears nothing yet: until the first body bytes an error can still have a real status."""
+        self.status = status
+        self.is_stream = is_stream
+
+    def payload(self, data: bytes) -> None:
+        """A part of a body that is not chunked."""
+        if self.status == 200:
+            self.answer(data)
+        elif sum(map(len, self._error_parts)) < ANSWER_LIMIT:
+            self._error_parts.append(data)
+
+    def frames(self, raw: bytes, aligned: bool) -> None:
+        """Whole HTTP chunks."""
+        for data in unframe(raw):
+            self.payload(data)
+
+    def ended(self) -> None:
+        """The response is complete."""
+        if self.status == 200:
+            self.finish()
+        else:
+            error = refusal(self.attempt.choice.decode, self.status, b"".join(self._error_parts))
+            assert error is not None
+            self.attempt.decode_ended(DecodeFailed(error))
+
+    def broken(self, error: EngineError, *, stale: bool) -> None:
+        """The connection is gone."""
+        self.attempt.retryable = stale
+        self.attempt.decode_ended(DecodeFailed(error))
+
+    def fail(self, error: EngineError) -> None:
+        """The answer is not what was promised: stop reading it. Its rid is aborted, so that the engine stops too."""
+        if self.attempt.decode_connection is not None:
+            self.attempt.decode_connection.abandon()
+        self.attempt.owner.abort_rids(self.attempt.upstreams[1], self.attempt.rids)
+        self.attempt.decode_ended(DecodeFailed(error))
+
+    def answer(self, data: bytes) -> None:
+        """A part of a good answer's body."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """A good answer's body is complete."""
+        raise NotImplementedError
+
+
+def refusal(engine: object, status: int, body: bytes) -> EngineRefusedError | None:
+    """The error that an answer carries; None for a good one.
+
+    SGLang's native route answers 200 and puts an error into the stream, so a body is looked at too.
+    """
+    if status == 200:
+        if not body.startswith(_ERROR_EVENT):
+            return None
+        body = body[6 : body.find(b"\n\n")]
+        status = _status_in(body)
+    name = getattr(engine, "id", "?")
+    return EngineRefusedError(f"the engine {name} refused the request (HTTP {status})", status=status, body=body)
+
+
+def _status_in(body: bytes) -> int:
+    try:
+        code = msgspec.json.decode(body)["error"].get("code")
+    except (msgspec.DecodeError, KeyError, AttributeError, TypeError):
+        return 502
+    return code if isinstance(code, int) and 400 <= code <= 599 else 400

@@ -1,0 +1,129 @@
+"""What a stream has said so far, kept at the price of a list append per read. Pure.
+
+The hot path adds raw bytes and a time; every `FOLD_EVERY` reads, or when somebody asks, a slow path folds them into counts, the emitted
+text and inter-token gaps. Continuing a broken stream, telling a finished answer from a cut one, and inter-token times are built on it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import msgspec
+
+from disagg.router.openai import DONE_EVENT, Route
+
+FOLD_EVERY = 32
+TEXT_LIMIT = 256 * 1024
+READS_LIMIT = 256 * 1024
+
+# Inside a JSON string a quote is escaped, so these cannot match within model text. They find the one text field of a stream's chunk.
+_CHAT_TEXT = re.compile(rb'"content":\s?"((?:[^"\\]|\\.)+)"')
+_COMPLETION_TEXT = re.compile(rb'"text":\s?"((?:[^"\\]|\\.)+)"')
+
+GapSink = Callable[[float, int], None]
+
+
+class Journal:
+    """The journal of one stream.
+
+    Args:
+        route: decides which field carries the text.
+        on_gap: told (seconds per event, number of events) at each fold, for the inter-token histogram.
+
+    Attributes:
+        events: server-sent events folded so far, `[DONE]` included.
+        overflowed: the text grew over `TEXT_LIMIT` bytes and was dropped; such a stream cannot be continued.
+        last_read_at: when bytes were last seen.
+    """
+
+    __slots__ = (
+        "_last",
+        "_on_gap",
+        "_previous_at",
+        "_reads",
+        "_route",
+        "_size",
+        "_text",
+        "_times",
+        "events",
+        "last_read_at",
+        "overflowed",
+    )
+
+    def __init__(self, route: Route, on_gap: GapSink) -> None:
+        self.events = 0
+        self.overflowed = False
+        self.last_read_at = 0.0
+        self._route = route
+        self._on_gap = on_gap
+        self._reads: list[bytes] = []
+        self._times: list[float] = []
+        self._text: list[bytes] = []
+        self._size = 0
+        self._last = b""
+        self._previous_at = 0.0
+
+    def add(self, raw: bytes, now: float) -> None:
+        """Notes whole events as they were read, HTTP chunk framing included."""
+        self._reads.append(raw)
+        self._times.append(now)
+        self.last_read_at = now
+        if len(self._reads) >= FOLD_EVERY:
+            self.fold()
+
+    def fold(self) -> None:
+        """Turns raw reads into counts, text and gaps."""
+        if not self._reads:
+            return
+        for raw, at in zip(self._reads, self._times, strict=True):
+            count = raw.count(b"\n\n")
+            self.events += count
+            if self._previous_at and count:
+                self._on_gap((at - self._previous_at) / count, count)
+            self._previous_at = at
+        self._last = self._reads[-1]
+        if not self.overflowed:
+            self._fold_text(b"".join(self._reads))
+        self._reads.clear()
+        self._times.clear()
+
+    def _fold_text(self, joined: bytes) -> None:
+        if self._route is Route.GENERATE:
+            # SGLang's native stream repeats the whole text in each event: the last one says it all.
+            last = joined.rfind(b"data: {")
+            pieces, kept = ([joined[last:]], 0) if last >= 0 else ([], self._size)
+            self._text = [] if pieces else self._text
+        else:
+            pattern = _CHAT_TEXT if self._route is Route.CHAT else _COMPLETION_TEXT
+            pieces, kept = pattern.findall(joined), self._size
+        self._text += pieces
+        self._size = kept + sum(map(len, pieces))
+        if self._size > TEXT_LIMIT:
+            self.overflowed = True
+            self._text.clear()
+
+    @property
+    def saw_done(self) -> bool:
+        """True when the last thing read was `[DONE]`: the engine ended its answer on purpose."""
+        return DONE_EVENT in (self._reads[-1] if self._reads else self._last)
+
+    def text(self) -> str:
+        """The text that was passed on so far.
+
+        Raises:
+            ValueError: it overflowed and was dropped.
+        """
+        self.fold()
+        if self.overflowed:
+            raise ValueError("the journal of this stream overflowed")
+        if self._route is not Route.GENERATE:
+            return msgspec.json.decode(b'"' + b"".join(self._text) + b'"', type=str)
+        if not self._text:
+            return ""
+        event = self._text[0]
+        value, _ = event[6 : event.rindex(b"}") + 1], None
+        return str(msgspec.json.decode(value).get("text", ""))
+
+    def __repr__(self) -> str:
+        return f"<Journal events={self.events} unfolded={len(self._reads)} text={self._size} bytes>"

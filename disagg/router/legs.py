@@ -1,0 +1,163 @@
+"""What becomes of decode's answer: relayed as it comes, relayed whole, or handed over event by event."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from disagg.errors import EngineError
+from disagg.handoff import DecodeFailed, DecodeFinished
+from disagg.router.attempt import ANSWER_LIMIT, Attempt, DecodeLeg, refusal
+from disagg.router.client import Client
+from disagg.router.journal import Journal
+from disagg.router.openai import DONE_EVENT
+from disagg.router.upstream import unframe
+
+_ERROR_EVENT = b'data: {"error"'
+_BUFFERED_EVENTS = 256
+_PARTIAL_LIMIT = 16 * 1024 * 1024
+
+
+class StreamLeg(DecodeLeg):
+    """Relays an event stream: bytes in, the same bytes out, only whole events.
+
+    The usual read holds whole chunks of whole events, and those bytes go to the client's transport untouched. Everything else (an event cut
+    by a chunk, an error event, a client without chunks) takes the careful way, which frames anew.
+    """
+
+    __slots__ = ("_client", "_now", "_number", "_partial", "journal")
+
+    def __init__(self, attempt: Attempt, client: Client, journal: Journal, number: int) -> None:
+        super().__init__(attempt)
+        self.journal = journal
+        self._client = client
+        self._number = number
+        self._partial = b""
+        self._now = attempt.owner.loop.time
+
+    def frames(self, raw: bytes, aligned: bool) -> None:
+        """Whole HTTP chunks: the hot path."""
+        if not aligned or self._partial or self.status != 200 or not self._client.chunked or _ERROR_EVENT in raw:
+            self._careful_frames(raw)
+            return
+        self._pass(raw)
+
+    def _pass(self, raw: bytes) -> None:
+        attempt = self.attempt
+        if attempt.finished:
+            return
+        now = attempt.last_read_at = self._now()
+        self.journal.add(raw, now)
+        if self._client.started:
+            flowing = self._client.write(raw)
+        else:
+            attempt.first_token(now)
+            flowing = self._client.start_stream(attempt.choice, self._number, raw)
+        if not flowing:
+            attempt.pause()
+
+    def _careful_frames(self, raw: bytes) -> None:
+        for data in unframe(raw):
+            self.payload(data)
+
+    def answer(self, data: bytes) -> None:
+        """A part of the body, cut anywhere."""
+        if not self.is_stream:
+            self.fail(EngineError(f"the engine {self.attempt.choice.decode.id} answered a stream request with something else"))
+            return
+        data = self._partial + data
+        end = data.rfind(b"\n\n") + 2
+        whole, self._partial = (data[:end], data[end:]) if end > 1 else (b"", data)
+        if len(self._partial) > _PARTIAL_LIMIT:
+            self.fail(EngineError(f"the engine {self.attempt.choice.decode.id} sent an event without an end"))
+            return
+        at = whole.find(_ERROR_EVENT)
+        if at >= 0 and (at == 0 or whole[at - 1] == 10):
+            if at:
+                self._pass(self._client.frame(whole[:at]))
+            error = refusal(self.attempt.choice.decode, 200, whole[at:])
+            self.fail(error or EngineError("the engine reported an error in its stream"))
+        elif whole:
+            self._pass(self._client.frame(whole))
+
+    def finish(self) -> None:
+        """The body is complete: with `[DONE]`, or it was cut."""
+        if self.journal.saw_done and not self._partial:
+            self._client.end_stream()
+            self.attempt.decode_ended(DecodeFinished())
+        else:
+            where = self.attempt.choice.decode.id
+            self.attempt.decode_ended(DecodeFailed(EngineError(f"the engine {where} ended its stream in the middle of the answer")))
+
+
+class WholeLeg(DecodeLeg):
+    """Collects a whole answer.
+
+    Attributes:
+        body: the answer, once the attempt finished.
+    """
+
+    __slots__ = ("_parts", "body")
+
+    def __init__(self, attempt: Attempt) -> None:
+        super().__init__(attempt)
+        self.body = b""
+        self._parts: list[bytes] = []
+
+    def answer(self, data: bytes) -> None:
+        """A part of the body."""
+        self._parts.append(data)
+        if len(self._parts) > 1 and sum(map(len, self._parts)) > ANSWER_LIMIT:
+            self.fail(EngineError(f"the engine {self.attempt.choice.decode.id} sent an answer over the limit"))
+
+    def finish(self) -> None:
+        """The body is complete."""
+        self.body = b"".join(self._parts)
+        attempt = self.attempt
+        attempt.first_token(attempt.owner.loop.time())
+        attempt.decode_ended(DecodeFinished())
+
+
+class EventLeg(DecodeLeg):
+    """Cuts an event stream into events for a task that rewrites them.
+
+    Attributes:
+        events: what was not taken yet, each a whole event with its blank line.
+    """
+
+    __slots__ = ("_partial", "_saw_done", "events", "journal")
+
+    def __init__(self, attempt: Attempt, journal: Journal) -> None:
+        super().__init__(attempt)
+        self.events: deque[bytes] = deque()
+        self.journal = journal
+        self._partial = b""
+        self._saw_done = False
+
+    def answer(self, data: bytes) -> None:
+        """A part of the body, cut anywhere."""
+        attempt = self.attempt
+        now = attempt.last_read_at = attempt.owner.loop.time()
+        *events, self._partial = (self._partial + data).split(b"\n\n")
+        for event in events:
+            if event.startswith(_ERROR_EVENT):
+                self.fail(refusal(attempt.choice.decode, 200, event + b"\n\n") or EngineError("error in the stream"))
+                return
+            if event + b"\n\n" == DONE_EVENT:
+                self._saw_done = True
+            else:
+                self.events.append(event)
+        if events:
+            self.journal.add(b"\n\n".join([*events, b""]), now)
+            if not attempt.first_token_at:
+                attempt.first_token(now)
+        if len(self.events) > _BUFFERED_EVENTS:
+            attempt.pause()
+        attempt.wake()
+
+    def finish(self) -> None:
+        """The body is complete: with `[DONE]`, or it was cut."""
+        if self._saw_done:
+            self.attempt.decode_ended(DecodeFinished())
+        else:
+            where = self.attempt.choice.decode.id
+            self.attempt.decode_ended(DecodeFailed(EngineError(f"the engine {where} ended its stream in the middle of the answer")))

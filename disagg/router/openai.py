@@ -1,0 +1,326 @@
+"""The shapes of the public listener: requests checked and prepared, errors and events written. Pure.
+
+A request body is parsed once, typed, and only as far as the router must understand it: prompts stay raw bytes. The router's own keys are
+spliced in front of the client's bytes, so that unknown fields and the client's number formats reach the engine untouched. Only when a
+client sent one of the router's keys itself (``rid``, ``bootstrap_*``) is the body encoded anew.
+
+Sources: OpenAI API reference; SGLang 0.5.23 ``entrypoints/openai/protocol.py`` and ``managers/io_struct.py`` for the native route.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Annotated, Any
+
+import msgspec
+
+from disagg.errors import DisaggError, EngineRefusedError, RequestError
+
+MAX_DEPTH = 64
+MAX_SAMPLES = 64
+MAX_PROMPTS = 1024
+
+DONE_EVENT = b"data: [DONE]\n\n"
+
+_Count = Annotated[int, msgspec.Meta(ge=1, le=MAX_SAMPLES)]
+_Tokens = Annotated[int, msgspec.Meta(ge=1)]
+_Probability = Annotated[float, msgspec.Meta(gt=0, le=1)]
+_EMPTY = msgspec.Raw(b"")
+
+
+class Route(StrEnum):
+    """The generation routes, named by their path."""
+
+    CHAT = "/v1/chat/completions"
+    COMPLETIONS = "/v1/completions"
+    GENERATE = "/generate"
+
+
+class _StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class _OwnKeys(msgspec.Struct):
+    """Keys that only the router may set; a client's values are dropped."""
+
+    rid: msgspec.Raw = _EMPTY
+    bootstrap_host: msgspec.Raw = _EMPTY
+    bootstrap_port: msgspec.Raw = _EMPTY
+    bootstrap_room: msgspec.Raw = _EMPTY
+
+
+_OWN_KEYS = tuple(_OwnKeys.__struct_fields__)
+
+
+class _OpenAiFields(_OwnKeys):
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    n: _Count | None = None
+    seed: int | None = None
+    max_tokens: _Tokens | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    top_p: _Probability | None = None
+
+
+class _ChatFields(_OpenAiFields):
+    messages: msgspec.Raw = _EMPTY
+    input_ids: msgspec.Raw = _EMPTY
+    max_completion_tokens: _Tokens | None = None
+
+
+class _CompletionFields(_OpenAiFields):
+    prompt: msgspec.Raw = _EMPTY
+
+
+class _GenerateFields(_OwnKeys):
+    model: str | None = None
+    text: msgspec.Raw = _EMPTY
+    input_ids: msgspec.Raw = _EMPTY
+    input_embeds: msgspec.Raw = _EMPTY
+    stream: bool | None = None
+    sampling_params: msgspec.Raw = _EMPTY
+    return_logprob: bool | list[bool] | None = None
+
+
+class _SamplingFields(msgspec.Struct):
+    n: _Count | None = None
+    max_new_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    sampling_seed: int | None = None
+
+
+_DECODERS: Mapping[Route, msgspec.json.Decoder[Any]] = {
+    Route.CHAT: msgspec.json.Decoder(_ChatFields),
+    Route.COMPLETIONS: msgspec.json.Decoder(_CompletionFields),
+    Route.GENERATE: msgspec.json.Decoder(_GenerateFields),
+}
+_SAMPLING = msgspec.json.Decoder(_SamplingFields)
+
+
+class ClientRequest:
+    """A checked request.
+
+    Attributes:
+        route: where it came in; the engines get it at the same path.
+        model: the model asked for, empty if the client named none.
+        rest: the client's JSON object without its opening brace, ready to have the router's keys put in front.
+        stream: whether the answer is an event stream.
+        samples: ``n``, answers wanted for each prompt.
+        prompts: None for one prompt, else the length of the prompt list (then rooms and rids are lists of that length too).
+        include_usage: whether the stream ends with a usage chunk.
+        merge_logprobs: whether prefill's input logprobs belong in front of decode's.
+    """
+
+    __slots__ = ("include_usage", "merge_logprobs", "model", "prompts", "rest", "route", "samples", "stream")
+
+    def __init__(self, route: Route, model: str, rest: bytes, *, stream: bool) -> None:
+        self.route = route
+        self.model = model
+        self.rest = rest
+        self.stream = stream
+        self.samples = 1
+        self.prompts: int | None = None
+        self.include_usage = False
+        self.merge_logprobs = False
+
+
+def parse_request(route: Route, body: bytes) -> ClientRequest:
+    """Checks a body and takes from it what the router must know.
+
+    Raises:
+        RequestError: the body is not JSON, not an object, too deep, or a field has a wrong type or value.
+    """
+    try:
+        fields = _DECODERS[route].decode(body)
+        if not body.isascii():
+            body.decode()  # msgspec skips the inside of raw strings: a wrong byte in a prompt is found here
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(_why_undecodable(error), code="invalid_json", param=_param_of(error)) from error
+    _check_depth(body)
+    rest = _without_own_keys(fields, body)
+    request = ClientRequest(route, fields.model or "", rest, stream=bool(fields.stream))
+    if route is Route.GENERATE:
+        _note_generate(request, fields)
+    else:
+        _note_openai(request, fields)
+    if request.prompts is not None and not 1 <= request.prompts <= MAX_PROMPTS:
+        raise RequestError(f"a prompt list holds 1 to {MAX_PROMPTS} prompts, this one {request.prompts}", param="prompt")
+    return request
+
+
+def _why_undecodable(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return f"the body is nested deeper than {MAX_DEPTH} levels"
+    if isinstance(error, msgspec.ValidationError):
+        return f"the body has a field of the wrong type or range: {error}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"the body is not valid UTF-8 (byte {error.start})"
+    return f"the body is not valid JSON: {error}"
+
+
+def _param_of(error: Exception) -> str | None:
+    _, at, path = str(error).rpartition("`$.")
+    return path.rstrip("`") if at and isinstance(error, msgspec.ValidationError) else None
+
+
+def _check_depth(body: bytes) -> None:
+    """Refuses deep nesting. Fewer than ``MAX_DEPTH`` opening brackets cannot be deep, which settles most bodies by a few memchr."""
+    if _fewer_than(MAX_DEPTH, body, b"[") and _fewer_than(MAX_DEPTH, body, b"{"):
+        return
+    if _depth(msgspec.json.decode(body)) > MAX_DEPTH:
+        raise RequestError(f"the body is nested deeper than {MAX_DEPTH} levels", code="invalid_json")
+
+
+def _fewer_than(limit: int, body: bytes, byte: bytes) -> bool:
+    at = -1
+    for _ in range(limit // 2):
+        at = body.find(byte, at + 1)
+        if at < 0:
+            return True
+    return False
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level := [x for x in level if type(x) in {dict, list}]:
+        depth += 1
+        level = [inner for x in level for inner in (x.values() if type(x) is dict else x)]
+    return depth
+
+
+def _without_own_keys(fields: _OwnKeys, body: bytes) -> bytes:
+    if any(getattr(fields, key) is not _EMPTY for key in _OWN_KEYS):
+        kept = {k: v for k, v in msgspec.json.decode(body, type=dict[str, msgspec.Raw]).items() if k not in _OWN_KEYS}
+        body = msgspec.json.encode(kept)
+    return body.lstrip()[1:]
+
+
+def _note_openai(request: ClientRequest, fields: Any) -> None:
+    request.samples = fields.n or 1
+    request.include_usage = bool(fields.stream_options and fields.stream_options.include_usage)
+    if request.route is Route.COMPLETIONS:
+        if fields.prompt is _EMPTY:
+            raise RequestError("`prompt` is missing: send a string, a list of strings or token ids", param="prompt")
+        request.prompts = _list_length(fields.prompt)
+    elif fields.messages is _EMPTY:
+        raise RequestError("`messages` is missing: send a list of {role, content} objects", param="messages")
+
+
+def _note_generate(request: ClientRequest, fields: _GenerateFields) -> None:
+    given = [raw for raw in (fields.text, fields.input_ids, fields.input_embeds) if raw is not _EMPTY and raw != b"null"]
+    if len(given) != 1:
+        raise RequestError("send exactly one of `text` and `input_ids`", param="text")
+    if fields.input_embeds is not _EMPTY and fields.input_embeds != b"null":
+        raise RequestError("`input_embeds` cannot be handed over between engines: send text or input_ids", param="input_embeds")
+    request.prompts = _list_length(given[0])
+    for sampling in _sampling_fields(fields.sampling_params):
+        request.samples = max(request.samples, sampling.n or 1)
+    logprob = fields.return_logprob
+    request.merge_logprobs = any(logprob) if isinstance(logprob, list) else bool(logprob)
+
+
+def _sampling_fields(raw: msgspec.Raw) -> list[_SamplingFields]:
+    if raw in (_EMPTY, b"null"):
+        return []
+    try:
+        if bytes(raw).lstrip()[:1] == b"[":
+            return msgspec.json.decode(raw, type=list[_SamplingFields])
+        return [_SAMPLING.decode(raw)]
+    except msgspec.DecodeError as error:
+        raise RequestError(f"`sampling_params` has a field of the wrong type or range: {error}", param="sampling_params") from error
+
+
+def _list_length(raw: msgspec.Raw) -> int | None:
+    """Length of a list of prompts; None for one prompt (a string, or a flat list of token ids)."""
+    head = bytes(memoryview(raw)[:256]).lstrip()
+    if head[:1] != b"[":
+        return None
+    if head[1:].lstrip()[:1] not in {b'"', b"[", b"]"}:
+        return None
+    try:
+        return len(msgspec.json.decode(raw, type=list[str] | list[list[int]]))
+    except msgspec.ValidationError as error:
+        raise RequestError(f"a prompt list holds strings, or lists of token ids: {error}", param="prompt") from error
+
+
+def key_prefix(keys: Mapping[str, Any], rest: bytes) -> bytes:
+    """The router's keys with the opening brace, to be put in front of the client's fields.
+
+    Args:
+        keys: what the router adds.
+        rest: a JSON object without its opening brace, as ``ClientRequest.rest``; it is only looked at.
+    """
+    head = msgspec.json.encode(keys)[:-1]
+    empty = rest[:1] == b"}" or (rest[:1].isspace() and rest.lstrip()[:1] == b"}")
+    return head if empty else head + b","
+
+
+# --- answers
+
+
+def error_object(sentence: str, *, kind: str, param: str | None = None, code: str | int | None = None) -> dict[str, Any]:
+    """The OpenAI error object."""
+    return {"error": {"message": sentence, "type": kind, "param": param, "code": code}}
+
+
+def error_body(error: DisaggError) -> bytes:
+    """The JSON body that tells a client about an error."""
+    if isinstance(error, EngineRefusedError) and (passed := _engine_error(error)):
+        return msgspec.json.encode(passed)
+    return msgspec.json.encode(
+        error_object(str(error), kind=error.kind, param=getattr(error, "param", None), code=getattr(error, "code", None))
+    )
+
+
+def _engine_error(error: EngineRefusedError) -> dict[str, Any] | None:
+    """An engine's own error, brought into OpenAI's shape.
+
+    SGLang answers ``{"object": "error", "message", "type", "param", "code"}`` on /v1 and ``{"error": {"message"}}`` on /generate.
+    """
+    try:
+        answer = msgspec.json.decode(error.body, type=dict[str, Any])
+    except msgspec.DecodeError:
+        return None
+    inner = answer.get("error", answer)
+    if not isinstance(inner, dict) or not isinstance(inner.get("message"), str):
+        return None
+    kind = inner.get("type")
+    kind = error.kind if not isinstance(kind, str) or kind in {"BadRequestError", "BadRequest"} else kind
+    code = inner.get("code")
+    return error_object(inner["message"], kind=kind, param=inner.get("param"), code=None if code == error.status else code)
+
+
+def error_event(error: DisaggError) -> bytes:
+    """The one event that ends a broken stream. ``[DONE]`` never follows it."""
+    return b"data: " + error_body(error) + b"\n\n"
+
+
+def parse_event(event: bytes) -> dict[str, Any] | None:
+    """The JSON object of one server-sent event; None for ``[DONE]``, comments and anything else."""
+    if not event.startswith(b"data:"):
+        return None
+    payload = event[5:].strip()
+    if payload == b"[DONE]":
+        return None
+    value = msgspec.json.decode(payload)
+    return value if isinstance(value, dict) else None
+
+
+def encode_event(value: Mapping[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+def models_body(models: Mapping[str, int], *, created: int) -> bytes:
+    """The answer of ``GET /v1/models``.
+
+    Args:
+        models: served model name -> context length in tokens (0: unknown).
+        created: Unix seconds.
+    """
+    data = [
+        {"id": name, "object": "model", "created": created, "owned_by": "disagg"} | ({"max_model_len": context} if context else {})
+        for name, context in sorted(models.items())
+    ]
+    return msgspec.json.encode({"object": "list", "data": data})

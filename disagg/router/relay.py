@@ -1,0 +1,380 @@
+"""Drives requests over the engines: chooses, connects, sends, waits, tries again where nothing can have been lost, cleans up.
+
+One timer serves every attempt: it asks each machine for its deadline, drops idle connections and notices how late it is itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from disagg.errors import ClientGoneError, EngineError
+from disagg.handoff import DecodeFailed, Handoff, Limits, PrefillFailed
+from disagg.model import Choice, ClusterView, EngineId
+from disagg.observe.metrics import RouterMetrics
+from disagg.policy.route import InFlight, choose, pool_of
+from disagg.router.attempt import Attempt, DecodeLeg
+from disagg.router.client import Client
+from disagg.router.openai import ClientRequest, key_prefix
+from disagg.router.upstream import Upstream, UpstreamConnection
+
+SWEEP_S = 0.1
+RECORDS_LIMIT = 1000
+MAX_ATTEMPTS = 2
+CLIENT_STALL_S = 60.0
+ABORT_LIMIT_S = 2.0
+
+LegFactory = Callable[[Attempt, int], DecodeLeg]
+Spawn = Callable[[Any, str], Any]
+
+
+class Job:
+    """One request to one pair: the client's request itself, or one sample of it.
+
+    Args:
+        rest: the body without its opening brace.
+        rids: mints the engine-side ids of an attempt, one for each prompt.
+        deadline_at: when the client's patience ends; None without a limit.
+
+    Attributes:
+        attempts: those made so far, the last one being the one that counts.
+    """
+
+    __slots__ = ("attempts", "deadline_at", "request", "rest", "rids")
+
+    def __init__(self, request: ClientRequest, rest: bytes, rids: Callable[[], list[str]], deadline_at: float | None) -> None:
+        self.request = request
+        self.rest = rest
+        self.rids = rids
+        self.deadline_at = deadline_at
+        self.attempts: list[Attempt] = []
+
+
+class Record:
+    """What is kept of a request for ``/admin/requests/ID``. Never a prompt, never an answer."""
+
+    __slots__ = ("error", "jobs", "model", "outcome", "request_id", "route", "started_at")
+
+    def __init__(self, request_id: str, route: str, started_at: float) -> None:
+        self.request_id = request_id
+        self.route = route
+        self.started_at = started_at
+        self.model = ""
+        self.outcome = "running"
+        self.error = ""
+        self.jobs: list[Job] = []
+
+
+class Relay:
+    """The router's engine room.
+
+    Args:
+        view: returns the current view of the cluster.
+        limits: how long each phase of an attempt may take.
+        random_room: mints a room, a 63-bit integer.
+        spawn: runs a coroutine as a named task that somebody owns.
+        on_refused: told the id of an engine that refused a connection, so that it is looked at soon.
+    """
+
+    def __init__(
+        self,
+        *,
+        view: Callable[[], ClusterView],
+        limits: Limits,
+        metrics: RouterMetrics,
+        random_room: Callable[[], int],
+        spawn: Spawn,
+        on_refused: Callable[[EngineId], None],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.loop = loop
+        self.metrics = metrics
+        self.in_flight = InFlight()
+        self.records: OrderedDict[str, Record] = OrderedDict()
+        self._view = view
+        self._limits = limits
+        self._random_room = random_room
+        self._spawn = spawn
+        self._on_refused = on_refused
+        self._upstreams: dict[EngineId, Upstream] = {}
+        self._live: set[Attempt] = set()
+        self._aborts: dict[UpstreamConnection, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._expected_at = 0.0
+
+    # --- life
+
+    def start(self) -> None:
+        """Starts the timer."""
+        self._expected_at = self.loop.time() + SWEEP_S
+        self._timer = self.loop.call_at(self._expected_at, self._sweep)
+
+    def close(self) -> None:
+        """Stops the timer and closes every connection."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for upstream in self._upstreams.values():
+            upstream.close()
+
+    @property
+    def live(self) -> int:
+        """Attempts that an engine may still work for."""
+        return len(self._live)
+
+    def _sweep(self) -> None:
+        now = self.loop.time()
+        self.metrics.loop_lag.observe(max(0.0, now - self._expected_at))
+        for attempt in list(self._live):
+            attempt.tick(now)
+        for connection in [c for c, until in self._aborts.items() if now >= until or c.closed]:
+            del self._aborts[connection]
+            connection.abandon()
+        for upstream in self._upstreams.values():
+            upstream.prune()
+        self._expected_at = now + SWEEP_S
+        self._timer = self.loop.call_at(self._expected_at, self._sweep)
+
+    # --- one request
+
+    def remember(self, record: Record) -> None:
+        """Keeps a record, and forgets the oldest one when there are too many."""
+        self.records[record.request_id] = record
+        if len(self.records) > RECORDS_LIMIT:
+            self.records.popitem(last=False)
+
+    def check(self, request: ClientRequest) -> None:
+        """Looks whether a request could be served at all, before any work is done for it.
+
+        Raises:
+            UnknownModelError, NoCapacityError: it could not.
+        """
+        pool_of(self._view(), request.model)
+
+    def may_pair(self, request: ClientRequest) -> bool:
+        """True when a pair may serve this request; a pair must never see ``n > 1``."""
+        pool = pool_of(self._view(), request.model)
+        return bool(pool.prefill and pool.decode)
+
+    async def run(self, job: Job, leg: LegFactory, client: Client) -> Attempt:
+        """Makes attempts until one succeeds.
+
+        Returns:
+            The attempt that succeeded.
+
+        Raises:
+            DisaggError: what the client is to be told.
+        """
+        tried: list[EngineId] = []
+        for number in range(1, MAX_ATTEMPTS + 1):
+            attempt = self._new_attempt(job, tried)
+            try:
+                await self._send(attempt, job, leg, number, tried)
+                await self.outcome(attempt, client)
+            finally:
+                attempt.client_left()  # does nothing once the attempt is final; a cancelled handler ends up here
+            if attempt.error is None:
+                return attempt
+            if not attempt.retryable or client.started or number == MAX_ATTEMPTS:
+                raise attempt.error
+            self.metrics.replays["never_reached_engine"] += 1
+        raise AssertionError("unreachable")
+
+    def _new_attempt(self, job: Job, tried: Sequence[EngineId]) -> Attempt:
+        view = self._view()
+        self.in_flight.grow(len(view.engines))
+        choice = choose(pool_of(view, job.request.model), self.in_flight, exclude=tried)
+        handoff = Handoff(paired=choice.prefill is not None, limits=self._limits, deadline_at=job.deadline_at)
+        prefill = self._upstream(choice.prefill) if choice.prefill is not None else None
+        attempt = Attempt(self, choice, job.rids(), handoff, prefill, self._upstream(choice.decode))
+        job.attempts.append(attempt)
+        self._live.add(attempt)
+        return attempt
+
+    def _upstream(self, engine: Any) -> Upstream:
+        upstream = self._upstreams.get(engine.id)
+        if upstream is None or upstream.address is not engine.address:
+            if upstream is not None:
+                upstream.close()
+            upstream = self._upstreams[engine.id] = Upstream(engine.address, self.loop)
+        return upstream
+
+    async def _send(self, attempt: Attempt, job: Job, leg: LegFactory, number: int, tried: list[EngineId]) -> None:
+        prefill, decode = attempt.upstreams
+        first = prefill.take() if prefill is not None else None
+        second = decode.take()
+        if second is None or (first is None and prefill is not None):
+            first, second = await self._connect(attempt, first, second, tried)
+        if second is None:
+            return
+        body = (self._keys(attempt, job), job.rest)
+        path = job.request.route.value
+        requests = (prefill.request(path, *body) if prefill is not None else b"", decode.request(path, *body))
+        if attempt.choice.prefill is not None:
+            self.in_flight.start(attempt.choice.prefill.slot)
+        self.in_flight.start(attempt.choice.decode.slot)
+        attempt.send(leg(attempt, number), (first, second), requests)
+
+    def _keys(self, attempt: Attempt, job: Job) -> bytes:
+        """The router's keys with the opening brace and the comma before the client's fields."""
+        prompts = job.request.prompts
+        keys: dict[str, Any] = {"rid": attempt.rids[0] if prompts is None else attempt.rids}
+        prefill = attempt.choice.prefill
+        if prefill is not None:
+            host = f"[{prefill.address.host}]" if ":" in prefill.address.host else prefill.address.host
+            port, room = prefill.address.bootstrap_port, self._random_room
+            if prompts is None:
+                keys |= {"bootstrap_host": host, "bootstrap_port": port, "bootstrap_room": room()}
+            else:
+                rooms = [room() for _ in range(prompts)]
+                keys |= {"bootstrap_host": [host] * prompts, "bootstrap_port": [port] * prompts, "bootstrap_room": rooms}
+        return key_prefix(keys, job.rest)
+
+    async def _connect(
+        self, attempt: Attempt, first: UpstreamConnection | None, second: UpstreamConnection | None, tried: list[EngineId]
+    ) -> tuple[UpstreamConnection | None, UpstreamConnection | None]:
+        """Connects what is missing. On failure tells the attempt and returns no decode connection."""
+        prefill, decode = attempt.upstreams
+        got: list[UpstreamConnection] = []
+
+        async def get(upstream: Upstream, taken: UpstreamConnection | None) -> UpstreamConnection:
+            connection = taken or upstream.take() or await upstream.connect(self._limits.connect_s)
+            got.append(connection)
+            return connection
+
+        wanted = [get(decode, second)] + ([get(prefill, first)] if prefill is not None else [])
+        try:
+            results = await asyncio.gather(*wanted, return_exceptions=True)
+        except BaseException:
+            for connection in got:
+                connection.abandon()
+            raise
+        errors = [r for r in results if isinstance(r, BaseException)]
+        if not errors and not attempt.finished:
+            opened = [r for r in results if isinstance(r, UpstreamConnection)]
+            return (opened[1] if prefill is not None else None), opened[0]
+        for connection in got:
+            connection.abandon()
+        self._report_unconnected(attempt, results, tried)
+        return None, None
+
+    def _report_unconnected(self, attempt: Attempt, results: Sequence[object], tried: list[EngineId]) -> None:
+        engines = [attempt.choice.decode, attempt.choice.prefill]
+        for engine, result in zip(engines, results, strict=False):
+            if not isinstance(result, EngineError):
+                if isinstance(result, BaseException):
+                    raise result
+                continue
+            assert engine is not None
+            tried.append(engine.id)
+            self._on_refused(engine.id)
+            attempt.retryable = True
+            if not attempt.finished:
+                attempt.unconnected(DecodeFailed(result) if engine is attempt.choice.decode else PrefillFailed(result))
+
+    async def outcome(self, attempt: Attempt, client: Client) -> None:
+        """Waits for the end of an attempt, and for a client that reads slowly in between."""
+        while not attempt.finished:
+            if attempt.on_wake is not None:
+                attempt.on_wake()
+            if attempt.stalled:
+                try:
+                    await client.drain(CLIENT_STALL_S)
+                except ConnectionResetError as error:
+                    raise ClientGoneError(str(error)) from error
+                attempt.resume()
+            else:
+                await attempt.wait()
+
+    # --- the attempt's owner
+
+    def leg_ended(self, slot: int) -> None:
+        """A leg of the engine in this slot ended."""
+        self.in_flight.end(slot)
+
+    def settled(self, attempt: Attempt) -> None:
+        """No engine works for this attempt any more."""
+        self._live.discard(attempt)
+        self.metrics.handoffs[attempt.handoff.state.value] += 1
+
+    def abort_rids(self, upstream: Upstream, rids: Sequence[str]) -> None:
+        """Posts an abort for each rid, over idle connections where there are any."""
+        for rid in rids:
+            connection = upstream.take()
+            if connection is None:
+                self._spawn(self._abort_anew(upstream, rid), f"abort {rid}")
+            else:
+                self._post_abort(connection, upstream, rid)
+
+    async def _abort_anew(self, upstream: Upstream, rid: str) -> None:
+        try:
+            connection = await upstream.connect(self._limits.connect_s)
+        except EngineError:
+            return  # an engine that is gone holds nothing
+        self._post_abort(connection, upstream, rid)
+
+    def _post_abort(self, connection: UpstreamConnection, upstream: Upstream, rid: str) -> None:
+        self._aborts[connection] = self.loop.time() + ABORT_LIMIT_S
+        connection.send(_AbortLeg(self._aborts, connection), upstream.request("/abort_request", b'{"rid":"%s"}' % rid.encode()))
+
+    # --- what people look at
+
+    def waterfall(self, request_id: str) -> Mapping[str, Any] | None:
+        """The story of one request, times in seconds since it arrived."""
+        record = self.records.get(request_id)
+        return None if record is None else _waterfall(record)
+
+    def __repr__(self) -> str:
+        return f"<Relay live={len(self._live)} aborts={len(self._aborts)} upstreams={len(self._upstreams)}>"
+
+
+class _AbortLeg:
+    """The answer to an abort says nothing worth reading."""
+
+    __slots__ = ("_aborts", "_connection")
+
+    def __init__(self, aborts: dict[UpstreamConnection, float], connection: UpstreamConnection) -> None:
+        self._aborts = aborts
+        self._connection = connection
+
+    def head(self, status: int, *, is_stream: bool) -> None:
+        """Ignored."""
+
+    def payload(self, data: bytes) -> None:
+        """Ignored."""
+
+    def frames(self, raw: bytes, aligned: bool) -> None:
+        """Ignored."""
+
+    def ended(self) -> None:
+        """The connection is free again."""
+        self._aborts.pop(self._connection, None)
+
+    def broken(self, error: EngineError, *, stale: bool) -> None:
+        """The machine repeats an abort as long as the leg lives."""
+        self._aborts.pop(self._connection, None)
+
+
+def _waterfall(record: Record) -> dict[str, Any]:
+    attempts = [a for job in record.jobs for a in job.attempts]
+    return {
+        "id": record.request_id,
+        "route": record.route,
+        "model": record.model,
+        "outcome": record.outcome,
+        "error": record.error or None,
+        "attempts": [_attempt_story(a, record.started_at) for a in attempts],
+    }
+
+
+def _attempt_story(attempt: Attempt, started_at: float) -> dict[str, Any]:
+    choice: Choice = attempt.choice
+    return {
+        "rids": list(attempt.rids),
+        "prefill": choice.prefill.id if choice.prefill is not None else None,
+        "decode": choice.decode.id,
+        "reason": choice.reason,
+        "state": attempt.handoff.state.value,
+        "events": [{"at_s": round(at - started_at, 6), "event": name} for at, name in attempt.handoff.history],
+    }

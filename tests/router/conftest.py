@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import aiohttp
+import pytest
+import structlog
+
+from disagg.config import Config, ObserveSection, RouterSection
+from disagg.model import Role
+from disagg.observe.log import make_logger
+from disagg.server import Router, router_running
+from tests.fake_engine import FakeEngine, fake_engine
+from tests.ports import free_port
+
+
+@pytest.fixture
+def log() -> structlog.typing.FilteringBoundLogger:
+    return make_logger("error", "text")
+
+
+class Rig:
+    """A router in this process over fake engines, on real sockets."""
+
+    def __init__(self, router: Router, engines: list[FakeEngine], session: aiohttp.ClientSession) -> None:
+        self.router = router
+        self.engines = engines
+        self.session = session
+        self.url = f"http://{router.config.router.http}"
+        self.admin = f"http://{router.config.router.admin}"
+
+    def engine(self, role: Role, number: int = 0) -> FakeEngine:
+        return next(e for e in self.engines if e.role is role and e.number == number)
+
+    @property
+    def prefill(self) -> FakeEngine:
+        return self.engine(Role.PREFILL)
+
+    @property
+    def decode(self) -> FakeEngine:
+        return self.engine(Role.DECODE)
+
+    async def post(self, body: Any, path: str = "/v1/chat/completions", **kwargs: Any) -> aiohttp.ClientResponse:
+        if isinstance(body, bytes):
+            return await self.session.post(self.url + path, data=body, **kwargs)
+        return await self.session.post(self.url + path, json=body, **kwargs)
+
+
+CHAT = {"model": "fake", "messages": [{"role": "user", "content": "say it"}]}
+
+
+@asynccontextmanager
+async def running_rig(*roles: Role, wait: bool = True, models: dict[int, str] | None = None, **settings: Any) -> AsyncIterator[Rig]:
+    log = make_logger("error", "text")
+    async with AsyncExitStack() as stack:
+        engines = []
+        for i, role in enumerate(roles):
+            number = sum(r is role for r in roles[:i])
+            engines.append(await stack.enter_async_context(fake_engine(role, number, (models or {}).get(i, "fake"))))
+        section = RouterSection(http=f"127.0.0.1:{free_port()}", admin=f"127.0.0.1:{free_port()}", **{"probe_interval_s": 0.2, **settings})
+        config = Config(router=section, observe=ObserveSection(log_level="error"))
+        router = await stack.enter_async_context(router_running(config, [e.address for e in engines], log))
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        if wait:
+            async with asyncio.timeout(5):
+                await router.controller.wait_settled()
+                await router.controller.wait_ready()
+        yield Rig(router, engines, session)
+
+
+@pytest.fixture
+async def rig() -> AsyncIterator[Rig]:
+    """One prefill and one decode engine."""
+    async with running_rig(Role.PREFILL, Role.DECODE) as made:
+        yield made
