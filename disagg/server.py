@@ -110,6 +110,7 @@ async def router_running(
             spawn=lambda work, name: group.create_task(_supervised(work, name, log), name=name),
             on_refused=controller.refused,
             loop=loop,
+            clock=time.monotonic,
         )
         stack.callback(relay.close)
         listener = PublicListener(

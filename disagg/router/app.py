@@ -107,7 +107,7 @@ class PublicListener:
     async def _generate(self, http: web.BaseRequest, route: Route) -> web.StreamResponse:
         relay, metrics = self._relay, self._metrics
         client = Client(http, self._ids.request_id())
-        record = Record(client.request_id, route.value, relay.loop.time())
+        record = Record(client.request_id, route.value, relay.clock())
         relay.remember(record)
         metrics.inflight += 1
         try:

@@ -49,6 +49,7 @@ class Owner(Protocol):
     """What an attempt needs of the relay."""
 
     loop: asyncio.AbstractEventLoop
+    clock: Callable[[], float]
 
     def abort_rids(self, upstream: Upstream, rids: Sequence[str]) -> None:
         """Posts an abort for each rid."""
@@ -153,7 +154,7 @@ class Attempt:
 
     def handle(self, event: Event) -> None:
         """Feeds the machine and does what it says."""
-        commands = self.handoff.handle(event, now=self.owner.loop.time())
+        commands = self.handoff.handle(event, now=self.owner.clock())
         for command in commands:
             self._do(command)
 

@@ -32,7 +32,7 @@ class StreamLeg(DecodeLeg):
         self._client = client
         self._number = number
         self._partial = b""
-        self._now = attempt.owner.loop.time
+        self._now = attempt.owner.clock
 
     def frames(self, raw: bytes, aligned: bool) -> None:
         """Whole HTTP chunks: the hot path."""
@@ -113,7 +113,7 @@ class WholeLeg(DecodeLeg):
         """The body is complete."""
         self.body = b"".join(self._parts)
         attempt = self.attempt
-        attempt.first_token(attempt.owner.loop.time())
+        attempt.first_token(attempt.owner.clock())
         attempt.decode_ended(DecodeFinished())
 
 
@@ -136,7 +136,7 @@ class EventLeg(DecodeLeg):
     def answer(self, data: bytes) -> None:
         """A part of the body, cut anywhere."""
         attempt = self.attempt
-        now = attempt.last_read_at = attempt.owner.loop.time()
+        now = attempt.last_read_at = attempt.owner.clock()
         *events, self._partial = (self._partial + data).split(b"\n\n")
         for event in events:
             if event.startswith(_ERROR_EVENT):

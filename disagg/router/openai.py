@@ -236,10 +236,11 @@ def _list_length(raw: msgspec.Raw) -> int | None:
     head = bytes(memoryview(raw)[:256]).lstrip()
     if head[:1] != b"[":
         return None
-    if head[1:].lstrip()[:1] not in {b'"', b"[", b"]"}:
+    first = head[1:].lstrip()[:1]
+    if first not in {b'"', b"[", b"]"}:
         return None
     try:
-        return len(msgspec.json.decode(raw, type=list[str] | list[list[int]]))
+        return len(msgspec.json.decode(raw, type=list[list[int]] if first == b"[" else list[str]))
     except msgspec.ValidationError as error:
         raise RequestError(f"a prompt list holds strings, or lists of token ids: {error}", param="prompt") from error
 

@@ -76,6 +76,7 @@ class Relay:
         random_room: mints a room, a 63-bit integer.
         spawn: runs a coroutine as a named task that somebody owns.
         on_refused: told the id of an engine that refused a connection, so that it is looked at soon.
+        clock: monotonic seconds; not the loop's own, which uvloop keeps in whole milliseconds.
     """
 
     def __init__(
@@ -88,8 +89,10 @@ class Relay:
         spawn: Spawn,
         on_refused: Callable[[EngineId], None],
         loop: asyncio.AbstractEventLoop,
+        clock: Callable[[], float],
     ) -> None:
         self.loop = loop
+        self.clock = clock
         self.metrics = metrics
         self.in_flight = InFlight()
         self.records: OrderedDict[str, Record] = OrderedDict()
@@ -108,8 +111,7 @@ class Relay:
 
     def start(self) -> None:
         """Starts the timer."""
-        self._expected_at = self.loop.time() + SWEEP_S
-        self._timer = self.loop.call_at(self._expected_at, self._sweep)
+        self._sweep_again()
 
     def close(self) -> None:
         """Stops the timer and closes every connection."""
@@ -124,7 +126,7 @@ class Relay:
         return len(self._live)
 
     def _sweep(self) -> None:
-        now = self.loop.time()
+        now = self.clock()
         self.metrics.loop_lag.observe(max(0.0, now - self._expected_at))
         for attempt in list(self._live):
             attempt.tick(now)
@@ -133,8 +135,11 @@ class Relay:
             connection.abandon()
         for upstream in self._upstreams.values():
             upstream.prune()
-        self._expected_at = now + SWEEP_S
-        self._timer = self.loop.call_at(self._expected_at, self._sweep)
+        self._sweep_again()
+
+    def _sweep_again(self) -> None:
+        self._expected_at = self.clock() + SWEEP_S
+        self._timer = self.loop.call_later(SWEEP_S, self._sweep)
 
     # --- one request
 
@@ -197,7 +202,7 @@ class Relay:
         if upstream is None or upstream.address is not engine.address:
             if upstream is not None:
                 upstream.close()
-            upstream = self._upstreams[engine.id] = Upstream(engine.address, self.loop)
+            upstream = self._upstreams[engine.id] = Upstream(engine.address, self.loop, self.clock)
         return upstream
 
     async def _send(self, attempt: Attempt, job: Job, leg: LegFactory, number: int, tried: list[EngineId]) -> None:
@@ -315,7 +320,7 @@ class Relay:
         self._post_abort(connection, upstream, rid)
 
     def _post_abort(self, connection: UpstreamConnection, upstream: Upstream, rid: str) -> None:
-        self._aborts[connection] = self.loop.time() + ABORT_LIMIT_S
+        self._aborts[connection] = self.clock() + ABORT_LIMIT_S
         connection.send(_AbortLeg(self._aborts, connection), upstream.request("/abort_request", b'{"rid":"%s"}' % rid.encode()))
 
     # --- what people look at

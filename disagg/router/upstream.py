@@ -8,8 +8,8 @@ chunk frames; what it finds goes to the *leg* that uses the connection at the mo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Protocol, cast
 
 from disagg.errors import EngineError
 from disagg.model import EngineAddress
@@ -105,8 +105,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Part of `asyncio.Protocol`; uvloop and asyncio switch TCP_NODELAY on themselves."""
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's class does not inherit from asyncio's
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Part of `asyncio.Protocol`."""
@@ -256,10 +255,11 @@ class Upstream:
     Connections are reused last in, first out, so that a pool shrinks to what the load needs.
     """
 
-    __slots__ = ("_heads", "_idle", "_loop", "_open", "address")
+    __slots__ = ("_clock", "_heads", "_idle", "_loop", "_open", "address")
 
-    def __init__(self, address: EngineAddress, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, address: EngineAddress, loop: asyncio.AbstractEventLoop, clock: Callable[[], float]) -> None:
         self.address = address
+        self._clock = clock
         self._loop = loop
         self._heads: dict[str, bytes] = {}
         self._idle: list[UpstreamConnection] = []
@@ -280,7 +280,7 @@ class Upstream:
 
     def take(self) -> UpstreamConnection | None:
         """An idle connection, or None when a new one must be made."""
-        oldest = self._loop.time() - IDLE_LIMIT_S
+        oldest = self._clock() - IDLE_LIMIT_S
         while self._idle:
             connection = self._idle.pop()
             if connection.closed or connection.idle_since < oldest:
@@ -309,7 +309,7 @@ class Upstream:
 
     def give_back(self, connection: UpstreamConnection) -> None:
         """Takes a connection back after a complete exchange, or one that was not used."""
-        connection.idle_since = self._loop.time()
+        connection.idle_since = self._clock()
         self._idle.append(connection)
 
     def forget(self, connection: UpstreamConnection) -> None:
@@ -320,7 +320,7 @@ class Upstream:
 
     def prune(self) -> None:
         """Closes connections that were idle for too long."""
-        oldest = self._loop.time() - IDLE_LIMIT_S
+        oldest = self._clock() - IDLE_LIMIT_S
         while self._idle and self._idle[0].idle_since < oldest:
             self._idle.pop(0).abandon()
 
