@@ -240,7 +240,9 @@ def _list_length(raw: msgspec.Raw) -> int | None:
     if first not in {b'"', b"[", b"]"}:
         return None
     try:
-        return len(msgspec.json.decode(raw, type=list[list[int]] if first == b"[" else list[str]))
+        if first == b"[":
+            return len(msgspec.json.decode(raw, type=list[list[int]]))
+        return len(msgspec.json.decode(raw, type=list[str]))
     except msgspec.ValidationError as error:
         raise RequestError(f"a prompt list holds strings, or lists of token ids: {error}", param="prompt") from error
 
