@@ -8,7 +8,6 @@ all prompts of a model together.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from disagg.engines.embedded.checkpoint import Checkpoint, Floats, load_checkpoint
 from disagg.engines.embedded.sampler import greedy_batch
 from disagg.engines.embedded.transformer import Segment
+from tests.embedded.conftest import import_reference
 from tests.embedded.random_model import Pages, Pool
 
 pytestmark = [pytest.mark.reference, pytest.mark.filterwarnings("default")]
@@ -35,21 +35,12 @@ Tokens = NDArray[np.int32]
 
 @pytest.fixture(scope="module")
 def torch() -> Any:
-    return _import("torch")
+    return import_reference("torch")
 
 
 @pytest.fixture(scope="module")
 def transformers(torch: Any) -> Any:
-    return _import("transformers")
-
-
-def _import(name: str) -> Any:
-    if os.environ.get("DISAGG_SKIP_REFERENCE") == "1":
-        pytest.skip("DISAGG_SKIP_REFERENCE=1")
-    try:
-        return __import__(name)
-    except ImportError:
-        pytest.fail(f"{name} is missing: install the extra disagg[reference], or set DISAGG_SKIP_REFERENCE=1")
+    return import_reference("transformers")
 
 
 @dataclass(frozen=True)
