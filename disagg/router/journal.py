@@ -1,7 +1,8 @@
 """What a stream has said so far, kept at the price of a list append per read. Pure.
 
-The hot path adds raw bytes and a time; every `FOLD_EVERY` reads, or when somebody asks, a slow path folds them into counts, the emitted
-text and inter-token gaps. Continuing a broken stream, telling a finished answer from a cut one, and inter-token times are built on it.
+The hot path adds raw bytes and a time; every `FOLD_EVERY` reads or `FOLD_BYTES` bytes, or when somebody asks, a slow path folds them into
+counts, the emitted text and inter-token gaps. Continuing a broken stream, telling a finished answer from a cut one, and inter-token times
+are built on it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import msgspec
 from disagg.router.openai import DONE_EVENT, Route
 
 FOLD_EVERY = 32
+FOLD_BYTES = 16 * 1024  # a flooded stream is read in large pieces: its journal must not keep 32 of them
+_TAIL = 64  # enough for `[DONE]` in its HTTP chunk
 TEXT_LIMIT = 256 * 1024
-READS_LIMIT = 256 * 1024
 
 # Inside a JSON string a quote is escaped, so these cannot match within model text. They find the one text field of a stream's chunk.
 _CHAT_TEXT = re.compile(rb'"content":\s?"((?:[^"\\]|\\.)+)"')
@@ -34,7 +36,6 @@ class Journal:
     Attributes:
         events: server-sent events folded so far, `[DONE]` included.
         overflowed: the text grew over `TEXT_LIMIT` bytes and was dropped; such a stream cannot be continued.
-        last_read_at: when bytes were last seen.
     """
 
     __slots__ = (
@@ -46,15 +47,15 @@ class Journal:
         "_size",
         "_text",
         "_times",
+        "_unfolded",
         "events",
-        "last_read_at",
         "overflowed",
     )
 
     def __init__(self, route: Route, on_gap: GapSink) -> None:
         self.events = 0
         self.overflowed = False
-        self.last_read_at = 0.0
+        self._unfolded = 0
         self._route = route
         self._on_gap = on_gap
         self._reads: list[bytes] = []
@@ -68,8 +69,8 @@ class Journal:
         """Notes whole events as they were read, HTTP chunk framing included."""
         self._reads.append(raw)
         self._times.append(now)
-        self.last_read_at = now
-        if len(self._reads) >= FOLD_EVERY:
+        self._unfolded += len(raw)
+        if self._unfolded >= FOLD_BYTES or len(self._reads) >= FOLD_EVERY:
             self.fold()
 
     def fold(self) -> None:
@@ -82,26 +83,30 @@ class Journal:
             if self._previous_at and count:
                 self._on_gap((at - self._previous_at) / count, count)
             self._previous_at = at
-        self._last = self._reads[-1]
+        self._last = self._reads[-1][-_TAIL:]
         if not self.overflowed:
             self._fold_text(b"".join(self._reads))
         self._reads.clear()
         self._times.clear()
+        self._unfolded = 0
 
     def _fold_text(self, joined: bytes) -> None:
         if self._route is Route.GENERATE:
-            # SGLang's native stream repeats the whole text in each event: the last one says it all.
-            last = joined.rfind(b"data: {")
-            pieces, kept = ([joined[last:]], 0) if last >= 0 else ([], self._size)
-            self._text = [] if pieces else self._text
+            self._keep_last_event(joined)
         else:
-            pattern = _CHAT_TEXT if self._route is Route.CHAT else _COMPLETION_TEXT
-            pieces, kept = pattern.findall(joined), self._size
-        self._text += pieces
-        self._size = kept + sum(map(len, pieces))
+            pieces = (_CHAT_TEXT if self._route is Route.CHAT else _COMPLETION_TEXT).findall(joined)
+            self._text += pieces
+            self._size += sum(map(len, pieces))
         if self._size > TEXT_LIMIT:
             self.overflowed = True
             self._text.clear()
+
+    def _keep_last_event(self, joined: bytes) -> None:
+        """SGLang's native stream repeats the whole text in each event, so the last one says it all."""
+        at = joined.rfind(b"data: {")
+        if at >= 0:
+            self._text = [joined[at + 6 : joined.index(b"\n\n", at)]]
+            self._size = len(self._text[0])
 
     @property
     def saw_done(self) -> bool:
@@ -117,13 +122,9 @@ class Journal:
         self.fold()
         if self.overflowed:
             raise ValueError("the journal of this stream overflowed")
-        if self._route is not Route.GENERATE:
-            return msgspec.json.decode(b'"' + b"".join(self._text) + b'"', type=str)
-        if not self._text:
-            return ""
-        event = self._text[0]
-        value, _ = event[6 : event.rindex(b"}") + 1], None
-        return str(msgspec.json.decode(value).get("text", ""))
+        if self._route is Route.GENERATE:
+            return str(msgspec.json.decode(self._text[0])["text"]) if self._text else ""
+        return msgspec.json.decode(b'"' + b"".join(self._text) + b'"', type=str)
 
     def __repr__(self) -> str:
         return f"<Journal events={self.events} unfolded={len(self._reads)} text={self._size} bytes>"
