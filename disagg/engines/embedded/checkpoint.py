@@ -215,7 +215,7 @@ class _ConfigFile(msgspec.Struct):
     bos_token_id: int | None = None
     use_sliding_window: bool = False
     layer_types: list[str] | None = None
-    quantization_config: msgspec.Raw | None = None
+    quantization_config: dict[str, Any] | None = None
     dtype: str | None = None
     torch_dtype: str | None = None  # before dtype
 
@@ -417,9 +417,7 @@ class _Tensors:
         for name in names:
             stored = self._find(name)
             if stored.shape[1:] != shape[1:] or row + stored.shape[0] > shape[0]:
-                raise StartError(
-                    f"{stored.path}: tensor {name} has shape {stored.shape}; config.json announces another"
-                )
+                raise StartError(f"{stored.path}: tensor {name} has shape {stored.shape}; config.json announces another")
             _convert(stored, out[row : row + stored.shape[0]])
             row += stored.shape[0]
         if row != shape[0]:
@@ -443,9 +441,7 @@ class _Tensors:
         harmless = {"lm_head.weight"} if config.tied else set()
         for name in sorted(self._stored.keys() - self._used - harmless):
             if not name.endswith("rotary_emb.inv_freq"):
-                raise StartError(
-                    f"{self._stored[name].path}: tensor {name} has no place in a {config.family} model; use SGLang"
-                )
+                raise StartError(f"{self._stored[name].path}: tensor {name} has no place in a {config.family} model; use SGLang")
 
 
 def _convert(stored: _Stored, out: Floats) -> None:
