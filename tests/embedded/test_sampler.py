@@ -209,6 +209,7 @@ def test_input_logprobs() -> None:
 
 def test_best_tokens() -> None:
     assert [token for token, _ in best_tokens(LOGITS, 3)] == [1, 3, 4]
+    assert [token for token, _ in best_tokens(np.zeros(6, np.float32), 2)] == [0, 1]
     assert best_tokens(LOGITS, 0) == []
     assert len(best_tokens(LOGITS, 20)) == 5
 

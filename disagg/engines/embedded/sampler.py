@@ -121,9 +121,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise RequestError(f"stop has {len(self.stops)} strings; at most {MAX_STOPS} are allowed", param="stop")
         for stop in self.stops:
             if not 1 <= len(stop) <= MAX_STOP_CHARS:
-                raise RequestError(
-                    f"stop has a string of {len(stop)} characters; 1 to {MAX_STOP_CHARS} are allowed", param="stop"
-                )
+                raise RequestError(f"stop has a string of {len(stop)} characters; 1 to {MAX_STOP_CHARS} are allowed", param="stop")
 
 
 def _in_range(param: str, value: float, low: float, high: float, *, above: bool = False) -> None:
@@ -291,13 +289,20 @@ def candidates(logits: Floats, params: SamplingParams) -> tuple[Integers, NDArra
     every_token = params.top_k in {-1, TOP_K_ALL} or params.top_k >= len(weights)
     if every_token and params.top_p == 1.0 and params.min_p == 0.0:
         return np.arange(len(weights)), weights
-    order = np.argsort(-weights, kind="stable")
+    order = _ranked(weights, len(weights) if every_token else params.top_k)
     ranked = weights[order]
     before = ranked.cumsum() - ranked
     kept = (before < params.top_p * weights.sum()) & (ranked >= params.min_p)  # the best token's weight is 1
-    if not every_token:
-        kept[params.top_k :] = False
     return order[kept], ranked[kept]
+
+
+def _ranked(values: NDArray[np.floating], count: int) -> NDArray[np.intp]:
+    """Where the ``count`` largest are, largest first, among equals the lowest place; sorts no more than it must."""
+    if count >= len(values):
+        return np.argsort(-values, kind="stable")
+    least = np.partition(values, -count)[-count]
+    places = np.flatnonzero(values >= least)
+    return places[np.argsort(-values[places], kind="stable")[:count]]
 
 
 def greedy_batch(logits: Floats) -> NDArray[np.intp]:
@@ -323,8 +328,7 @@ def best_tokens(logprobs: Floats, count: int) -> list[tuple[int, float]]:
     """The ``count`` best (token, logprob) of (vocab,), best first; among equals the lowest id first."""
     if count <= 0:
         return []
-    order = np.argsort(-logprobs, kind="stable")[:count]
-    return [(int(token), float(logprobs[token])) for token in order]
+    return [(int(token), float(logprobs[token])) for token in _ranked(logprobs, count)]
 
 
 def input_logprobs(logits: Floats, targets: Integers) -> Floats:
