@@ -75,14 +75,14 @@ class Router:
         self.config = config
         self.controller = controller
         self.listener = listener
-        self._metrics = metrics
+        self.metrics = metrics
 
     async def drain(self, stop: Stop) -> None:
         """Takes no new requests and waits for the running ones, at most ``drain_timeout_s``, or until the second signal."""
         self.listener.draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.config.router.drain_timeout_s):
-                while self._metrics.inflight and not stop.urgent.is_set():  # noqa: ASYNC110  # the hot path sets no event
+                while self.metrics.inflight and not stop.urgent.is_set():  # noqa: ASYNC110  # the hot path sets no event
                     await asyncio.sleep(DRAIN_POLL_S)
 
 

@@ -16,7 +16,8 @@ from disagg.model import EngineAddress
 
 IDLE_LIMIT_S = 3.0  # SGLang's HTTP server closes at 5 s: drop idle connections sooner, so that a request never meets a closing one
 HEAD_LIMIT = 64 * 1024
-FRAME_LIMIT = 64 * 1024 * 1024
+FRAME_LIMIT = 16 * 1024 * 1024
+CHUNK_LINE_LIMIT = 20
 
 LAST_CHUNK = b"0\r\n\r\n"
 
@@ -197,36 +198,36 @@ class UpstreamConnection(asyncio.Protocol):
             self.leg.payload(data)
 
     def _walk(self, data: bytes) -> None:  # noqa: C901  # the hot loop: a call per chunk would cost more than it explains
-        """Finds the end of the last whole chunk; a partial one waits for the next read."""
+        """Finds the end of the last whole chunk and passes on what stands before it; a partial chunk waits for the next read."""
         at, size, whole = 0, len(data), 0
-        ended, aligned = False, True
-        while at < size:
-            eol = data.find(b"\r\n", at, at + 20)
-            if eol < 0:
-                if size - at >= 20:
-                    raise ValueError("its chunk framing is broken")
-                break
-            length = int(data[at:eol], 16)
-            if not 0 <= length <= FRAME_LIMIT:
-                raise ValueError("one of its chunks is over the limit")
-            following = eol + 4 + length
-            if following > size:
-                break
-            if length == 0:
-                ended = True
-                at = following
-                break
-            if data[following - 2] != 13:  # every chunk ends with CR LF
-                raise ValueError("its chunk framing is broken")
-            if data[following - 4 : following - 2] != b"\n\n":
-                aligned = False
-            whole = at = following
+        ended, aligned, broken = False, True, False
+        try:
+            while at < size:
+                eol = data.find(b"\r\n", at, at + CHUNK_LINE_LIMIT)
+                if eol < 0:
+                    broken = size - at >= CHUNK_LINE_LIMIT
+                    break
+                length = int(data[at:eol], 16)
+                following = eol + 4 + length
+                if following > size or length <= 0:
+                    ended = length == 0 and following <= size
+                    broken = not 0 <= length <= FRAME_LIMIT
+                    at = following if ended else at
+                    break
+                if data[following - 2] != 13:  # every chunk ends with CR LF
+                    broken = True
+                    break
+                if data[following - 4 : following - 2] != b"\n\n":
+                    aligned = False
+                whole = at = following
+        except ValueError:
+            broken = True
         leg = self.leg
         if whole and leg is not None:
             leg.frames(data if whole == size else data[:whole], aligned)
+        if broken or (ended and at < size):
+            raise ValueError("its chunk framing is broken")
         if ended:
-            if at < size:
-                raise ValueError("it sent bytes after the end of its answer")
             self._complete()
         elif at < size:
             self._tail = data[at:]

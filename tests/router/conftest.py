@@ -43,6 +43,12 @@ class Rig:
     def decode(self) -> FakeEngine:
         return self.engine(Role.DECODE)
 
+    def metrics(self) -> str:
+        return self.router.metrics.text().decode()
+
+    def state(self, engine: str) -> str:
+        return next(e.state.value for e in self.router.controller.view.engines if e.id == engine)
+
     async def post(self, body: Any, path: str = "/v1/chat/completions", **kwargs: Any) -> aiohttp.ClientResponse:
         if isinstance(body, bytes):
             return await self.session.post(self.url + path, data=body, **kwargs)
