@@ -82,6 +82,8 @@ class Journal:
             self.events += count
             if self._previous_at and count:
                 self._on_gap((at - self._previous_at) / count, count)
+            elif count > 1:
+                self._on_gap(0.0, count - 1)  # the first of them was waited for: that is TTFT
             self._previous_at = at
         self._last = self._reads[-1][-_TAIL:]
         if not self.overflowed:
