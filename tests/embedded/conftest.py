@@ -6,11 +6,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from tokenizers import Tokenizer as Core
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from disagg.engines.embedded.tokens import Tokenizer
+
+# A slow shared core is no bug.
+hypothesis.settings.register_profile("embedded", deadline=None)
+hypothesis.settings.load_profile("embedded")
 
 TEXT = ["hello world, this is some text", "你好 world 👩‍👩‍👧 naïve café", "abc abd abe the then there 1234 😀😀"] * 3
 TEMPLATE = (

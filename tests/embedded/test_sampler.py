@@ -24,7 +24,7 @@ def sampler(params: SamplingParams, seed: int = 0, **options: object) -> Sampler
     return Sampler(params, vocab_size=5, generator=np.random.default_rng(seed), **options)  # type: ignore[arg-type]
 
 
-def frequencies(params: SamplingParams, draws: int = 20_000) -> np.ndarray:
+def frequencies(params: SamplingParams, draws: int = 6_000) -> np.ndarray:
     chooser = sampler(params)
     return np.bincount([chooser.sample(LOGITS).token for _ in range(draws)], minlength=5)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -111,8 +112,9 @@ class Tokenizer:
             # As the library decodes: a token with a character outside of the byte alphabet stands for itself.
             values = [BYTE_OF_CHAR.get(char) for char in piece]
             return piece.encode() if None in values else bytes(value for value in values if value is not None)
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            return bytes([int(piece[3:5], 16)])
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+        if byte:
+            return bytes.fromhex(byte[1])
         return piece.replace("▁", " ").encode()
 
     def render_chat(
@@ -140,10 +142,10 @@ class Tokenizer:
         template = self._settings.template("tool_use" if tools else "default")
         variables = {
             **self._settings.special_tokens,
+            "documents": None,
             **(chat_template_kwargs or {}),
             "messages": [_plain_message(message, index) for index, message in enumerate(messages)],
             "tools": list(tools) if tools else None,
-            "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
         if not messages:
