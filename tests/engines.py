@@ -20,7 +20,8 @@ import disagg.engines.embedded
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-DEMO_MODEL = Path(disagg.engines.embedded.__file__).parent / "demo_model"
+DEMO_MODEL = Path(os.environ.get("DISAGG_TEST_MODEL") or Path(disagg.engines.embedded.__file__).parent / "demo_model")
+"""The model of all process tests; the variable runs them with another Llama or Qwen folder."""
 ROLES = {"unified": "null", "prefill": "prefill", "decode": "decode"}
 START_LIMIT_S = 30.0
 STOP_LIMIT_S = 10.0

@@ -8,6 +8,7 @@ next one is submitted before the handlers get to write what came, so that writin
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +65,14 @@ class Settings(NamedTuple):
     pace: Pace | None = None
     compute: bool = True
     faults: Faults | None = None
+
+
+class Work(NamedTuple):
+    """A row of a step with what its token is chosen by: the job may be forgotten while the step is computed."""
+
+    row: Row
+    sampler: Sampler
+    top_logprobs: int
 
 
 class Outcome(NamedTuple):
@@ -365,7 +374,7 @@ class Engine:
     async def _step(self, rows: Sequence[Row]) -> tuple[list[Outcome], float]:
         began = time.monotonic()
         if self.settings.compute:
-            outcomes = await asyncio.get_running_loop().run_in_executor(self._executor, self._compute, rows)
+            outcomes = await asyncio.get_running_loop().run_in_executor(self._executor, self._compute, self._works(rows))
         else:
             outcomes = [self._stand_in(row) for row in rows]
         if self.settings.pace is not None:
@@ -377,56 +386,24 @@ class Engine:
             await asyncio.sleep((time.monotonic() - began) * (self.faults.slow - 1))
         return outcomes, time.monotonic() - began
 
+    def _works(self, rows: Sequence[Row]) -> list[Work]:
+        return [Work(row, self._samplers[row.job.rid], self._generations[row.job.rid].ask.top_logprobs or 0) for row in rows]
+
     # --- in the compute thread ---
 
-    def _compute(self, rows: Sequence[Row]) -> list[Outcome]:
-        segments = [Segment(row.job.tokens[row.start : row.end], row.start, row.job.pages, row.all_logits) for row in rows]
+    def _compute(self, works: Sequence[Work]) -> list[Outcome]:
+        segments = [Segment(row.job.tokens[row.start : row.end], row.start, row.job.pages, row.all_logits) for row, _, _ in works]
         logits = self._model.forward(segments, self.pool.kv)
-        plain = [at for at, row in enumerate(rows) if row.sample and self._samplers[row.job.rid].plain]
-        chosen = self._choose_plain([rows[at] for at in plain], [logits[at] for at in plain])
+        plain = [at for at, work in enumerate(works) if work.row.sample and work.sampler.plain]
+        chosen = _choose_plain([works[at].sampler for at in plain], [logits[at] for at in plain])
         quick = dict(zip(plain, chosen, strict=True))
-        return [quick.get(at) or self._outcome(row, logits[at]) for at, row in enumerate(rows)]
-
-    def _choose_plain(self, rows: Sequence[Row], logits: Sequence[np.ndarray]) -> list[Outcome | None]:
-        if not rows:
-            return []
-        try:
-            tokens = greedy_batch(np.concatenate([table[-1:] for table in logits]))
-        except EngineError:
-            return [None] * len(rows)  # one by one, to see which one is broken
-        for row, token in zip(rows, tokens, strict=True):
-            self._samplers[row.job.rid].accept(int(token))
-        return [Outcome(Sampled(int(token), 0.0, []), []) if not row.all_logits else None for row, token in zip(rows, tokens, strict=True)]
-
-    def _outcome(self, row: Row, logits: np.ndarray) -> Outcome:
-        try:
-            inputs = self._inputs(row, logits) if row.all_logits else []
-            sampled = self._samplers[row.job.rid].sample(logits[-1]) if row.sample else None
-        except EngineError as error:
-            return Outcome(None, [], str(error))
-        return Outcome(sampled, inputs)
-
-    def _inputs(self, row: Row, logits: np.ndarray) -> list[InputLogprob]:
-        """Logprobs of the prompt tokens that follow this row's positions."""
-        job = row.job
-        first = max(row.start, (job.logprobs_from or 0) - 1)
-        last = min(row.end, len(job.prompt) - 1)
-        if first >= last:
-            return []
-        targets = job.prompt[first + 1 : last + 1]
-        table = logits[first - row.start : last - row.start]
-        wanted = self._generations[job.rid].ask.top_logprobs or 0
-        tops = [best_tokens(line, wanted) for line in log_softmax(table)] if wanted else [[]] * len(targets)
-        return [
-            InputLogprob(int(token), float(logprob), top)
-            for token, logprob, top in zip(targets, input_logprobs(table, targets), tops, strict=True)
-        ]
+        return [quick.get(at) or _outcome(work, logits[at]) for at, work in enumerate(works)]
 
     def _stand_in(self, row: Row) -> Outcome:
         if not row.sample:
             return Outcome(None, [])
         token = stand_in_token(row.job.tokens[: row.end], self._vocabulary)
-        return Outcome(Sampled(token, 0.0, []), [])
+        return Outcome(Sampled(token, math.nan, []), [])
 
     # --- after a step ---
 
@@ -543,7 +520,8 @@ class Engine:
     def _send_end(self, job: Job, sampled: Sampled) -> None:
         link = self._senders.get(job.rid)
         if link is not None and link.machine is not None:
-            link.machine.finish(HandedOver(sampled.token, sampled.logprob, sampled.top, job.cached))
+            logprob = None if math.isnan(sampled.logprob) else sampled.logprob  # JSON has no NaN
+            link.machine.finish(HandedOver(sampled.token, logprob, sampled.top, job.cached))
             link.pump()
 
     def kv_handed_over(self, key: str, sent_bytes: int, seconds: float) -> None:
@@ -592,7 +570,7 @@ class Engine:
         self._count_transfer(link.machine.bytes_received, link.machine.seconds)
         job.cached = handed.cached_tokens
         self._samplers[key].accept(handed.token)
-        sampled = Sampled(handed.token, handed.logprob, handed.top)
+        sampled = Sampled(handed.token, math.nan if handed.logprob is None else handed.logprob, handed.top)
         self._digest(self.scheduler.arrived(key, sampled, now=time.monotonic()))
         self._wake.set()
 
@@ -639,6 +617,45 @@ class Engine:
 
     def __repr__(self) -> str:
         return f"<Engine {self.settings.role}, {len(self._links)} links in, {len(self._receivers)} out, {self.scheduler!r}>"
+
+
+def _choose_plain(samplers: Sequence[Sampler], logits: Sequence[np.ndarray]) -> list[Outcome | None]:
+    """The best token of each, in one go."""
+    if not samplers:
+        return []
+    try:
+        tokens = greedy_batch(np.concatenate([table[-1:] for table in logits]))
+    except EngineError:
+        return [None] * len(samplers)  # one by one, to see which one is broken
+    for sampler, token in zip(samplers, tokens, strict=True):
+        sampler.accept(int(token))
+    return [Outcome(Sampled(int(token), math.nan, []), []) for token in tokens]
+
+
+def _outcome(work: Work, logits: np.ndarray) -> Outcome:
+    try:
+        inputs = _prompt_logprobs(work, logits) if work.row.all_logits else []
+        sampled = work.sampler.sample(logits[-1]) if work.row.sample else None
+    except EngineError as error:
+        return Outcome(None, [], str(error))
+    return Outcome(sampled, inputs)
+
+
+def _prompt_logprobs(work: Work, logits: np.ndarray) -> list[InputLogprob]:
+    """Logprobs of the prompt tokens that follow this row's positions."""
+    row, job = work.row, work.row.job
+    first = max(row.start, (job.logprobs_from or 0) - 1)
+    last = min(row.end, len(job.prompt) - 1)
+    if first >= last:
+        return []
+    targets = job.prompt[first + 1 : last + 1]
+    table = logits[first - row.start : last - row.start]
+    wanted = work.top_logprobs
+    tops = [best_tokens(line, wanted) for line in log_softmax(table)] if wanted else [[]] * len(targets)
+    return [
+        InputLogprob(int(token), float(logprob), top)
+        for token, logprob, top in zip(targets, input_logprobs(table, targets), tops, strict=True)
+    ]
 
 
 def _plain_tokens(tokenizer: Tokenizer, config: ModelConfig) -> list[int]:

@@ -187,13 +187,13 @@ class HandedOver(msgspec.Struct, frozen=True):
 
     Attributes:
         token: the first token of the answer.
-        logprob: its natural logarithm of probability.
+        logprob: its natural logarithm of probability; None if the request wants none.
         top: most likely tokens at its place with their logprobs, best first; as many as the request asked for.
         cached_tokens: how many of the prompt's tokens came from prefill's prefix cache.
     """
 
     token: int
-    logprob: float
+    logprob: float | None
     top: list[tuple[int, float]] = []
     cached_tokens: int = 0
 
