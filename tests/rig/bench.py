@@ -31,6 +31,7 @@ from tests.rig.table import NO_ROUTER, SCENARIOS, Cell, Results, page
 
 ROOT = Path(__file__).parents[2]
 PROFILE_LINES = 30
+PROFILE_S = 5.0  # at least: the profile has the start in it, half a second of imports
 
 
 def say(line: str) -> None:
@@ -162,7 +163,7 @@ def profile(python: Path, contestant: Contestant, options: argparse.Namespace, r
     """Runs each scenario once more with our router under cProfile, which slows it by half: for shares, not for figures."""
     for key in options.scenarios:
         target = stem.with_name(f"{stem.name}-{key}.prof")
-        load = replace(SCENARIOS[key].load, seconds=options.seconds, warmup_s=options.warmup)
+        load = replace(SCENARIOS[key].load, seconds=max(options.seconds, PROFILE_S), warmup_s=options.warmup)
         with tempfile.TemporaryDirectory(prefix="disagg-bench-") as scratch, Fakes(rig) as fakes:
             with router_of(contestant, rig, fakes, python, Path(scratch), profile=target) as router:
                 load.run(rig, router.port)
