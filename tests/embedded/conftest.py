@@ -11,12 +11,14 @@ import pytest
 from tokenizers import Tokenizer as Core
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+import disagg.engines.embedded
 from disagg.engines.embedded.tokens import Tokenizer
 
 # A slow shared core is no bug.
 hypothesis.settings.register_profile("embedded", deadline=None)
 hypothesis.settings.load_profile("embedded")
 
+DEMO_MODEL = Path(disagg.engines.embedded.__file__).parent / "demo_model"
 TEXT = ["hello world, this is some text", "你好 world 👩‍👩‍👧 naïve café", "abc abd abe the then there 1234 😀😀"] * 3
 TEMPLATE = (
     "{% for m in messages %}\n"

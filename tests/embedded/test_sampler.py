@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,10 +83,27 @@ def test_equal_probabilities_are_cut_by_id() -> None:
     assert tokens.tolist() == [0, 1]
 
 
-def test_a_token_of_no_probability_is_never_drawn() -> None:
+def test_top_p_stops_where_it_is_reached() -> None:
+    tokens, _ = candidates(np.zeros(4, np.float32), SamplingParams(top_p=0.5))
+    assert tokens.tolist() == [0, 1]
+
+
+class Extreme(np.random.Generator):
+    """Draws one end of [0, 1)."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__(np.random.PCG64(0))
+        self._value = value
+
+    def random(self, *_: Any, **__: Any) -> Any:
+        return self._value
+
+
+@pytest.mark.parametrize(("value", "token"), [(0.0, 1), (np.nextafter(1, 0), 3)])
+def test_a_token_of_no_probability_is_never_drawn(value: float, token: int) -> None:
     logits = np.array([-np.inf, 0, -np.inf, 0, -np.inf], np.float32)
-    chooser = sampler(SamplingParams())
-    assert {chooser.sample(logits).token for _ in range(500)} == {1, 3}
+    chooser = Sampler(SamplingParams(), vocab_size=5, generator=Extreme(value))
+    assert chooser.sample(logits).token == token
 
 
 @pytest.mark.parametrize("params", [SamplingParams(temperature=0), SamplingParams(top_k=1), SamplingParams(temperature=1e-7)])

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from disagg.engines.embedded.tokens import IncrementalDecoder, StopFinder, Tokenizer
 from disagg.errors import RequestError, StartError
-from tests.embedded.conftest import import_reference, write_byte_level
+from tests.embedded.conftest import DEMO_MODEL, import_reference, write_byte_level
 
 # Text that breaks naive decoders: emoji with joiners and skin tones, CJK, combining marks, all lengths of UTF-8.
 TEXTS = st.text(
@@ -140,6 +140,7 @@ STOPS = st.lists(st.text(alphabet="ab😀", min_size=1, max_size=6), min_size=1,
 
 
 @given(pieces=st.lists(st.text(alphabet="ab😀", max_size=7), max_size=12), stops=STOPS, include=st.booleans())
+@example(pieces=["xa", "ac"], stops=["xaacd", "aab", "ac"], include=False)  # two steps back in the automaton
 def test_stops_are_found_as_a_naive_search_finds_them(pieces: list[str], stops: list[str], include: bool) -> None:
     text = "".join(pieces)
     before, expected = naive_stop(text, stops)
@@ -288,10 +289,12 @@ def test_a_damaged_folder(tmp_path: Path, name: str, content: str | None) -> Non
 
 @pytest.mark.reference
 @pytest.mark.filterwarnings("default")
-def test_the_prompt_is_what_transformers_renders(byte_level_folder: Path) -> None:
+@pytest.mark.parametrize("folder", ["made here", DEMO_MODEL], ids=["made-here", "demo"])
+def test_the_prompt_is_what_transformers_renders(byte_level_folder: Path, folder: Any) -> None:
+    folder = byte_level_folder if folder == "made here" else folder
     transformers = import_reference("transformers")
-    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(byte_level_folder)
-    ours = Tokenizer.load(byte_level_folder)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    ours = Tokenizer.load(folder)
     conversations: list[list[dict[str, Any]]] = [
         [USER],
         [{"role": "system", "content": "Be brief. "}, USER, {"role": "assistant", "content": "你好 👩‍👧"}, USER],

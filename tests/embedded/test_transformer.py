@@ -110,11 +110,13 @@ def test_large_scores_do_not_overflow(scale: float) -> None:
     np.testing.assert_allclose(chunked, stepped, rtol=1e-3, atol=scale * 1e-2)
 
 
-def test_the_shortcut_of_the_softmax_is_taken_only_when_scores_are_small() -> None:
-    small, large = np.full((3, 2, 16), 0.5, np.float32), np.full((3, 2, 16), 50, np.float32)
-    assert transformer._scores_are_small(small, small)
-    assert not transformer._scores_are_small(small, large)
-    assert not transformer._scores_are_small(small, np.full_like(small, np.nan))
+@pytest.mark.parametrize("shift", [0.0, 59.0, -59.0, 61.0, -61.0, 1000.0, -1000.0])
+def test_the_softmax_wherever_the_scores_lie(shift: float) -> None:
+    relative = np.array([[0.0, -1.0, -2.0], [0.0, -100.0, -np.inf]], np.float32)
+    scores = relative + np.float32(shift)
+    total = transformer._exponentiate(scores)
+    expected = np.exp(relative) / np.exp(relative).sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(scores / total, expected, rtol=1e-5, atol=1e-30)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def test_wrong_pages_are_refused_before_anything_is_written(start: int, count: i
     pool = Pool(CHECKPOINT)
     good = Segment(random_tokens(3), 0, pool.pages(3))
     with pytest.raises(IndexError):
-        pool.forward(good, Segment(random_tokens(count), start, pages))
+        pool.forward(Segment(random_tokens(count), start, pages), good)
     assert np.isnan(pool.kv).all()
 
 

@@ -35,6 +35,8 @@ _TILE_ROWS = 128
 # Keys of one decode group, in floats; as many again for the values. Larger ones fall out of the caches between being
 # read from the pages and being used, smaller ones cost more calls.
 _GROUP = 256 * 1024
+# Scores whose exponentials are neither huge nor tiny.
+_EXP_SAFE = 60.0
 
 
 class _Places(NamedTuple):
@@ -204,17 +206,16 @@ class Transformer:
         """Causal attention of one chunk: q is (length, heads, dim), out (length, heads * dim)."""
         c = self.config
         keys, values = (a.reshape(-1, c.kv_heads, c.head_dim) for a in self._read_pages(chunk.pages, index, kv))
-        shift = not _scores_are_small(q, keys[: chunk.start + chunk.length])
         height = max(1, min(_TILE_ROWS, _TILE // (chunk.start + chunk.length)) // self._sharing)
         for at in range(0, chunk.length, height):
             here = slice(at, min(at + height, chunk.length))
             seen = chunk.start + here.stop  # keys that the last query of this tile may see
             for head in range(c.kv_heads):
                 shared = slice(head * self._sharing, (head + 1) * self._sharing)
-                mixed = self._attend_tile(q[here, shared], keys[:seen, head], values[:seen, head], shift=shift)
+                mixed = self._attend_tile(q[here, shared], keys[:seen, head], values[:seen, head])
                 out[here, shared.start * c.head_dim : shared.stop * c.head_dim] = mixed
 
-    def _attend_tile(self, q: Floats, keys: Floats, values: Floats, *, shift: bool) -> Floats:
+    def _attend_tile(self, q: Floats, keys: Floats, values: Floats) -> Floats:
         """The last n positions of a sequence, for the query heads that share a key head.
 
         Takes q (n, sharing, dim), keys and values (tokens, dim); gives (n, sharing * dim).
@@ -223,7 +224,7 @@ class Transformer:
         scores = self._scratch.take("scores", n * sharing, len(keys))
         np.matmul(q.reshape(n * sharing, dim), keys.T, out=scores)
         scores.reshape(n, sharing, -1)[:, :, -n:] += self._future[:n, :, :n]
-        total = _exponentiate(scores, shift=shift)
+        total = _exponentiate(scores)
         mixed: Floats = scores @ values
         mixed /= total
         return mixed.reshape(n, sharing * dim)
@@ -237,31 +238,24 @@ class Transformer:
         # heads that share a key head follow each other, so its keys are still in the cache.
         scores: Floats = (keys @ q.reshape(len(q), c.kv_heads, self._sharing, c.head_dim, 1))[..., 0]
         scores += group.mask
-        total = _exponentiate(scores, shift=True)
+        total = _exponentiate(scores)
         mixed: Floats = (scores[..., None, :] @ values)[..., 0, :]
         mixed /= total
         return mixed.reshape(len(q), -1)
 
 
-def _exponentiate(scores: Floats, *, shift: bool) -> Floats:
+def _exponentiate(scores: Floats) -> Floats:
     """Softmax over the last axis in place, but for the division: returns the sums, shape (..., 1).
 
-    Dividing the mixed values instead of the scores saves a pass over the larger array. So does ``shift=False``, which
-    leaves out subtracting the maximum; the result is the same unless exp overflows or vanishes.
+    Dividing the mixed values instead of the scores saves a pass over the larger array. So does subtracting the maximum
+    only where exp needs it: exp(60) is 1e26, so thousands of them still add up, and exp(-60) is far from vanishing.
     """
-    if shift:
-        scores -= scores.max(axis=-1, keepdims=True)
+    best = scores.max(axis=-1, keepdims=True)
+    if not (best.max() < _EXP_SAFE and best.min() > -_EXP_SAFE):
+        scores -= best
     np.exp(scores, out=scores)
     total: Floats = scores @ np.ones((scores.shape[-1], 1), np.float32)
     return total
-
-
-def _scores_are_small(queries: Floats, keys: Floats) -> bool:
-    """Whether no score can leave [-60, 60], by Cauchy and Schwarz: exp(60) is 1e26, and thousands of them still add up.
-
-    Two reads of the vectors against two passes over all scores: a tenth of the time of a long prefill.
-    """
-    return bool(np.vecdot(queries, queries).max() * np.vecdot(keys, keys).max() < 60.0**2)
 
 
 def _future(size: int) -> Floats:
