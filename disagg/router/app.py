@@ -136,24 +136,22 @@ class PublicListener:
         record.model = request.model
         relay = self._relay
         bodies = sample_bodies(request) if request.samples > 1 and relay.may_pair(request) else [request.rest]
-        record.jobs = self._jobs(request, bodies, client.request_id, deadline_at)
+        jobs = self._jobs(request, bodies, record, deadline_at)
         if len(bodies) > 1 or request.merge_logprobs:
-            await Composition(relay, request, client, record.jobs).answer()
+            await Composition(relay, request, client, jobs).answer()
         elif request.stream:
-            await self._serve_stream(request, record.jobs[0], client)
+            await self._serve_stream(request, jobs[0], client)
         else:
-            await self._serve_whole(record.jobs[0], client)
-        if request.stream:
-            self._metrics.ttft.observe(record.jobs[0].attempts[-1].first_token_at - record.started_at)
+            await self._serve_whole(jobs[0], client)
 
-    def _jobs(self, request: ClientRequest, bodies: list[bytes], request_id: str, deadline_at: float | None) -> list[Job]:
+    def _jobs(self, request: ClientRequest, bodies: list[bytes], record: Record, deadline_at: float | None) -> list[Job]:
         serial = itertools.count().__next__
         count = 1 if request.prompts is None else request.prompts
 
         def rids() -> list[str]:
-            return [engine_rid(request_id, serial()) for _ in range(count)]
+            return [engine_rid(record.request_id, serial()) for _ in range(count)]
 
-        return [Job(request, body, rids, deadline_at) for body in bodies]
+        return [Job(request, body, rids, deadline_at, record) for body in bodies]
 
     async def _serve_stream(self, request: ClientRequest, job: Job, client: Client) -> None:
         journals: list[Journal] = []
@@ -163,7 +161,8 @@ class PublicListener:
             return StreamLeg(attempt, client, journals[-1], number)
 
         try:
-            await self._relay.run(job, leg, client)
+            attempt = await self._relay.run(job, leg, client)
+            self._metrics.ttft.observe(attempt.first_token_at - job.record.started_at)
         finally:
             for journal in journals:
                 journal.fold()
@@ -172,7 +171,7 @@ class PublicListener:
         attempt = await self._relay.run(job, lambda attempt, _number: WholeLeg(attempt), client)
         leg = attempt.decode_leg
         assert isinstance(leg, WholeLeg)
-        client.send_whole(200, leg.body, choice=attempt.choice, attempt=len(job.attempts))
+        client.send_whole(200, leg.body, choice=attempt.choice, attempt=job.attempts)
 
     def _deadline(self, http: web.BaseRequest, now: float) -> float | None:
         text = http.headers.get("x-disagg-deadline-ms")
@@ -219,9 +218,8 @@ class PublicListener:
             client.end_stream()
         else:
             retry = f"Retry-After: {error.retry_after_s}\r\n" if isinstance(error, NoCapacityError) else ""
-            attempts = [a for job in record.jobs for a in job.attempts]
-            choice = attempts[-1].choice if attempts else None
-            client.send_whole(error.status, error_body(error), choice=choice, attempt=len(attempts), extra=retry)
+            choice = record.trail[-1][0] if record.trail else None
+            client.send_whole(error.status, error_body(error), choice=choice, attempt=len(record.trail), extra=retry)
 
     # --- the rest
 

@@ -47,6 +47,7 @@ class Composition:
         if self._request.stream:
             self._client.write(self._client.frame(self._merge.finish() + DONE_EVENT))
             self._client.end_stream()
+            self._relay.metrics.ttft.observe(min(a.first_token_at for a in attempts) - self._jobs[0].record.started_at)
         else:
             self._write_whole(attempts)
 
@@ -72,7 +73,7 @@ class Composition:
             logprobs = self._logprobs.get(sample)
             bodies.append(logprobs.in_whole(leg.body) if logprobs is not None else leg.body)
         body = merge_whole(self._request, bodies) if self._request.samples > 1 else bodies[0]
-        self._client.send_whole(200, body, choice=attempts[0].choice, attempt=max(len(j.attempts) for j in self._jobs))
+        self._client.send_whole(200, body, choice=attempts[0].choice, attempt=max(j.attempts for j in self._jobs))
 
     # --- streams
 
@@ -84,7 +85,7 @@ class Composition:
 
         attempt = await self._relay.run(job, make, self._client)
         await self._wait_for_logprobs(sample, attempt)
-        self._pass_events(sample, attempt, len(job.attempts))
+        self._pass_events(sample, attempt, job.attempts)
         return attempt
 
     def _pass_events(self, sample: int, attempt: Attempt, number: int) -> None:

@@ -8,6 +8,7 @@ it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -15,32 +16,29 @@ import msgspec
 from disagg.errors import EngineError
 from disagg.router.openai import ClientRequest, Route, encode_event, parse_event
 
+_Fields = dict[str, msgspec.Raw]
+_BAD_SHAPE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what looking into an answer of another shape raises
 _INPUT_LOGPROBS = ("input_token_logprobs", "input_top_logprobs", "input_token_ids_logprobs")
 
 
 def sample_bodies(request: ClientRequest) -> list[bytes]:
-    """The bodies of the n single-sample requests, each without its opening brace. A seed becomes seed + i."""
-    fields = msgspec.json.decode(b"{" + request.rest, type=dict[str, Any])
+    """The bodies of the n single-sample requests, each without its opening brace. A seed becomes seed + i, all else stays."""
+    fields = msgspec.json.decode(b"{" + request.rest, type=_Fields)
     return [msgspec.json.encode(_one_sample(request.route, fields, i))[1:] for i in range(request.samples)]
 
 
-def _one_sample(route: Route, fields: Mapping[str, Any], i: int) -> dict[str, Any]:
+def _one_sample(route: Route, fields: _Fields, i: int) -> dict[str, Any]:
     if route is not Route.GENERATE:
-        return _with_seed({k: v for k, v in fields.items() if k != "n"}, "seed", i)
-    given = fields["sampling_params"]
-    if isinstance(given, list):
-        return {**fields, "sampling_params": [_one_sampling(g, i) for g in given]}
-    return {**fields, "sampling_params": _one_sampling(given, i)}
+        return _one_of(fields, "seed", i)
+    given = msgspec.json.decode(fields["sampling_params"], type=_Fields | list[_Fields])
+    one = [_one_of(g, "sampling_seed", i) for g in given] if isinstance(given, list) else _one_of(given, "sampling_seed", i)
+    return {**fields, "sampling_params": one}
 
 
-def _one_sampling(given: Mapping[str, Any], i: int) -> dict[str, Any]:
-    return _with_seed({k: v for k, v in given.items() if k != "n"}, "sampling_seed", i)
-
-
-def _with_seed(fields: dict[str, Any], key: str, i: int) -> dict[str, Any]:
-    if isinstance(fields.get(key), int):
-        fields[key] += i
-    return fields
+def _one_of(fields: _Fields, seed_key: str, i: int) -> dict[str, Any]:
+    one: dict[str, Any] = {k: v for k, v in fields.items() if k != "n"}
+    seed = msgspec.json.decode(one[seed_key], type=int | None) if seed_key in one else None
+    return one if seed is None else {**one, seed_key: seed + i}
 
 
 def merge_whole(request: ClientRequest, answers: Sequence[bytes]) -> bytes:
@@ -52,9 +50,13 @@ def merge_whole(request: ClientRequest, answers: Sequence[bytes]) -> bytes:
     try:
         parsed = [msgspec.json.decode(a) for a in answers]
         merged = _merge_generate(parsed) if request.route is Route.GENERATE else _merge_openai(parsed)
-    except (msgspec.DecodeError, KeyError, TypeError, AttributeError) as error:
-        raise EngineError("an engine sent an answer that is not in the shape of its route") from error
+    except _BAD_SHAPE as error:
+        raise _misshapen() from error
     return msgspec.json.encode(merged)
+
+
+def _misshapen() -> EngineError:
+    return EngineError("an engine sent an answer that is not in the shape of its route")
 
 
 def _merge_openai(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -90,10 +92,20 @@ class StreamMerge:
         self._last: dict[str, Any] = {}
 
     def rewrite(self, sample: int, event: bytes) -> bytes:
-        """One event of one sample as the client is to see it; empty if it is kept for the end."""
+        """One event of one sample as the client is to see it; empty if it is kept for the end.
+
+        Raises:
+            EngineError: the event is not what the route promises.
+        """
         value = parse_event(event)
         if value is None:
             return b""
+        try:
+            return self._rewrite(sample, value)
+        except _BAD_SHAPE as error:
+            raise _misshapen() from error
+
+    def _rewrite(self, sample: int, value: dict[str, Any]) -> bytes:
         if self._request.route is Route.GENERATE:
             value["index"] = int(value.get("index") or 0) * self._request.samples + sample
             return encode_event(value)
@@ -119,15 +131,23 @@ class StreamMerge:
 class InputLogprobs:
     """Prefill's input logprobs of one attempt, to be put in front of decode's.
 
+    The body is looked at when it is first needed: by then somebody waits who can be told that it is garbage.
+
     Args:
         prefill_body: prefill's whole answer on ``/generate``: JSON, or the event stream that it answers a stream request with.
     """
 
     def __init__(self, prefill_body: bytes) -> None:
-        self._by_index: dict[int, dict[str, list[Any]]] = {}
-        for index, answer in self._answers(prefill_body):
+        self._body = prefill_body
+
+    @cached_property
+    def _by_index(self) -> dict[int, dict[str, list[Any]]]:
+        found = {}
+        for index, answer in self._answers(self._body):
             info = answer.get("meta_info", {})
-            self._by_index[index] = {key: list(info.get(key) or ()) for key in _INPUT_LOGPROBS if key in info}
+            found[index] = {key: list(info.get(key) or ()) for key in _INPUT_LOGPROBS if key in info}
+        self._body = b""
+        return found
 
     @staticmethod
     def _answers(body: bytes) -> list[tuple[int, dict[str, Any]]]:
@@ -138,7 +158,17 @@ class InputLogprobs:
         return [(int(v.get("index") or 0), v) for v in values if v is not None]
 
     def put_in_front(self, answer: dict[str, Any], index: int) -> dict[str, Any]:
-        """Merges into one answer (or one event) of decode."""
+        """Merges into one answer (or one event) of decode.
+
+        Raises:
+            EngineError: what prefill or decode sent is not what the route promises.
+        """
+        try:
+            return self._put_in_front(answer, index)
+        except _BAD_SHAPE as error:
+            raise _misshapen() from error
+
+    def _put_in_front(self, answer: dict[str, Any], index: int) -> dict[str, Any]:
         info = answer.get("meta_info")
         if isinstance(info, dict):
             for key, front in self._by_index.get(index, {}).items():
@@ -146,8 +176,15 @@ class InputLogprobs:
         return answer
 
     def in_whole(self, body: bytes) -> bytes:
-        """Merges into decode's whole answer."""
-        whole = msgspec.json.decode(body)
+        """Merges into decode's whole answer.
+
+        Raises:
+            EngineError: as `put_in_front`.
+        """
+        try:
+            whole = msgspec.json.decode(body)
+        except _BAD_SHAPE as error:
+            raise _misshapen() from error
         if isinstance(whole, list):
             return msgspec.json.encode([self.put_in_front(a, i) for i, a in enumerate(whole)])
         return msgspec.json.encode(self.put_in_front(whole, 0))

@@ -9,13 +9,14 @@ Sources: OpenAI API reference; SGLang 0.5.23 ``entrypoints/openai/protocol.py`` 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any
 
 import msgspec
 
-from disagg.errors import DisaggError, EngineRefusedError, RequestError
+from disagg.errors import DisaggError, EngineError, EngineRefusedError, RequestError
 
 MAX_DEPTH = 64
 MAX_SAMPLES = 64
@@ -27,6 +28,8 @@ _Count = Annotated[int, msgspec.Meta(ge=1, le=MAX_SAMPLES)]
 _Tokens = Annotated[int, msgspec.Meta(ge=1)]
 _Probability = Annotated[float, msgspec.Meta(gt=0, le=1)]
 _EMPTY = msgspec.Raw(b"")
+_NULL = re.compile(rb"null")
+_LIST_OF_PROMPTS = re.compile(rb'\[\s*["\[\]]')
 
 
 class Route(StrEnum):
@@ -48,6 +51,8 @@ class _OwnKeys(msgspec.Struct):
     bootstrap_host: msgspec.Raw = _EMPTY
     bootstrap_port: msgspec.Raw = _EMPTY
     bootstrap_room: msgspec.Raw = _EMPTY
+    bootstrap_pair_key: msgspec.Raw = _EMPTY
+    disagg_prefill_dp_rank: msgspec.Raw = _EMPTY
 
 
 _OWN_KEYS = tuple(_OwnKeys.__struct_fields__)
@@ -168,7 +173,11 @@ def _check_depth(body: bytes) -> None:
     """Refuses deep nesting. Fewer than ``MAX_DEPTH`` opening brackets cannot be deep, which settles most bodies by a few memchr."""
     if _fewer_than(MAX_DEPTH, body, b"[") and _fewer_than(MAX_DEPTH, body, b"{"):
         return
-    if _depth(msgspec.json.decode(body)) > MAX_DEPTH:
+    try:
+        value = msgspec.json.decode(body)
+    except msgspec.DecodeError as error:  # a number beyond a double's range: syntax was checked before, values were not
+        raise RequestError(_why_undecodable(error), code="invalid_json") from error
+    if _depth(value) > MAX_DEPTH:
         raise RequestError(f"the body is nested deeper than {MAX_DEPTH} levels", code="invalid_json")
 
 
@@ -200,28 +209,35 @@ def _note_openai(request: ClientRequest, fields: Any) -> None:
     request.samples = fields.n or 1
     request.include_usage = bool(fields.stream_options and fields.stream_options.include_usage)
     if request.route is Route.COMPLETIONS:
-        if fields.prompt is _EMPTY:
+        if not _given(fields.prompt):
             raise RequestError("`prompt` is missing: send a string, a list of strings or token ids", param="prompt")
         request.prompts = _list_length(fields.prompt)
-    elif fields.messages is _EMPTY:
+    elif not _given(fields.messages):
         raise RequestError("`messages` is missing: send a list of {role, content} objects", param="messages")
 
 
+def _given(raw: msgspec.Raw) -> bool:
+    """True for a field that was sent and is not null."""
+    return raw is not _EMPTY and not _NULL.fullmatch(memoryview(raw))  # a `Raw` never equals bytes
+
+
 def _note_generate(request: ClientRequest, fields: _GenerateFields) -> None:
-    given = [raw for raw in (fields.text, fields.input_ids, fields.input_embeds) if raw is not _EMPTY and raw != b"null"]
+    if _given(fields.input_embeds):
+        raise RequestError("`input_embeds` cannot be handed over between engines: send text or input_ids", param="input_embeds")
+    given = [raw for raw in (fields.text, fields.input_ids) if _given(raw)]
     if len(given) != 1:
         raise RequestError("send exactly one of `text` and `input_ids`", param="text")
-    if fields.input_embeds is not _EMPTY and fields.input_embeds != b"null":
-        raise RequestError("`input_embeds` cannot be handed over between engines: send text or input_ids", param="input_embeds")
     request.prompts = _list_length(given[0])
-    for sampling in _sampling_fields(fields.sampling_params):
-        request.samples = max(request.samples, sampling.n or 1)
+    counts = {sampling.n or 1 for sampling in _sampling_fields(fields.sampling_params)} or {1}
+    if len(counts) > 1:
+        raise RequestError("`n` must be the same in all of `sampling_params`", param="sampling_params")
+    request.samples = counts.pop()
     logprob = fields.return_logprob
     request.merge_logprobs = any(logprob) if isinstance(logprob, list) else bool(logprob)
 
 
 def _sampling_fields(raw: msgspec.Raw) -> list[_SamplingFields]:
-    if raw in (_EMPTY, b"null"):
+    if not _given(raw):
         return []
     try:
         if bytes(raw).lstrip()[:1] == b"[":
@@ -233,17 +249,14 @@ def _sampling_fields(raw: msgspec.Raw) -> list[_SamplingFields]:
 
 def _list_length(raw: msgspec.Raw) -> int | None:
     """Length of a list of prompts; None for one prompt (a string, or a flat list of token ids)."""
-    head = bytes(memoryview(raw)[:256]).lstrip()
-    if head[:1] != b"[":
-        return None
-    first = head[1:].lstrip()[:1]
-    if first not in {b'"', b"[", b"]"}:
+    head = _LIST_OF_PROMPTS.match(memoryview(raw))
+    if head is None:
         return None
     try:
-        if first == b"[":
+        if head[0].endswith(b"["):
             return len(msgspec.json.decode(raw, type=list[list[int]]))
         return len(msgspec.json.decode(raw, type=list[str]))
-    except msgspec.ValidationError as error:
+    except msgspec.DecodeError as error:
         raise RequestError(f"a prompt list holds strings, or lists of token ids: {error}", param="prompt") from error
 
 
@@ -283,7 +296,7 @@ def _engine_error(error: EngineRefusedError) -> dict[str, Any] | None:
     """
     try:
         answer = msgspec.json.decode(error.body, type=dict[str, Any])
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return None
     inner = answer.get("error", answer)
     if not isinstance(inner, dict) or not isinstance(inner.get("message"), str):
@@ -300,13 +313,20 @@ def error_event(error: DisaggError) -> bytes:
 
 
 def parse_event(event: bytes) -> dict[str, Any] | None:
-    """The JSON object of one server-sent event; None for ``[DONE]``, comments and anything else."""
+    """The JSON object of one server-sent event; None for ``[DONE]``, comments and what is not an object.
+
+    Raises:
+        EngineError: its data is not JSON.
+    """
     if not event.startswith(b"data:"):
         return None
     payload = event[5:].strip()
     if payload == b"[DONE]":
         return None
-    value = msgspec.json.decode(payload)
+    try:
+        value = msgspec.json.decode(payload)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise EngineError("an engine sent an event that is not JSON") from error
     return value if isinstance(value, dict) else None
 
 

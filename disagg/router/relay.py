@@ -30,32 +30,11 @@ LegFactory = Callable[[Attempt, int], DecodeLeg]
 Spawn = Callable[[Any, str], Any]
 
 
-class Job:
-    """One request to one pair: the client's request itself, or one sample of it.
-
-    Args:
-        rest: the body without its opening brace.
-        rids: mints the engine-side ids of an attempt, one for each prompt.
-        deadline_at: when the client's patience ends; None without a limit.
-
-    Attributes:
-        attempts: those made so far, the last one being the one that counts.
-    """
-
-    __slots__ = ("attempts", "deadline_at", "request", "rest", "rids")
-
-    def __init__(self, request: ClientRequest, rest: bytes, rids: Callable[[], list[str]], deadline_at: float | None) -> None:
-        self.request = request
-        self.rest = rest
-        self.rids = rids
-        self.deadline_at = deadline_at
-        self.attempts: list[Attempt] = []
-
-
 class Record:
-    """What is kept of a request for ``/admin/requests/ID``. Never a prompt, never an answer."""
+    """What is kept of a request for ``/admin/requests/ID``: decisions, states, times. Never a prompt, never an answer, nor what holds
+    one."""
 
-    __slots__ = ("error", "jobs", "model", "outcome", "request_id", "route", "started_at")
+    __slots__ = ("error", "model", "outcome", "request_id", "route", "started_at", "trail")
 
     def __init__(self, request_id: str, route: str, started_at: float) -> None:
         self.request_id = request_id
@@ -64,7 +43,33 @@ class Record:
         self.model = ""
         self.outcome = "running"
         self.error = ""
-        self.jobs: list[Job] = []
+        self.trail: list[tuple[Choice, Sequence[str], Handoff]] = []
+
+
+class Job:
+    """One request to one pair: the client's request itself, or one sample of it.
+
+    Args:
+        rest: the body without its opening brace.
+        rids: mints the engine-side ids of an attempt, one for each prompt.
+        deadline_at: when the client's patience ends; None without a limit.
+        record: where its attempts are noted.
+
+    Attributes:
+        attempts: how many were made so far.
+    """
+
+    __slots__ = ("attempts", "deadline_at", "record", "request", "rest", "rids")
+
+    def __init__(
+        self, request: ClientRequest, rest: bytes, rids: Callable[[], list[str]], deadline_at: float | None, record: Record
+    ) -> None:
+        self.request = request
+        self.rest = rest
+        self.rids = rids
+        self.deadline_at = deadline_at
+        self.record = record
+        self.attempts = 0
 
 
 class Relay:
@@ -193,7 +198,8 @@ class Relay:
         handoff = Handoff(paired=choice.prefill is not None, limits=self._limits, deadline_at=job.deadline_at)
         prefill = self._upstream(choice.prefill) if choice.prefill is not None else None
         attempt = Attempt(self, choice, job.rids(), handoff, prefill, self._upstream(choice.decode))
-        job.attempts.append(attempt)
+        job.attempts += 1
+        job.record.trail.append((choice, attempt.rids, handoff))
         self._live.add(attempt)
         return attempt
 
@@ -362,24 +368,22 @@ class _AbortLeg:
 
 
 def _waterfall(record: Record) -> dict[str, Any]:
-    attempts = [a for job in record.jobs for a in job.attempts]
     return {
         "id": record.request_id,
         "route": record.route,
         "model": record.model,
         "outcome": record.outcome,
         "error": record.error or None,
-        "attempts": [_attempt_story(a, record.started_at) for a in attempts],
+        "attempts": [_attempt_story(*attempt, record.started_at) for attempt in record.trail],
     }
 
 
-def _attempt_story(attempt: Attempt, started_at: float) -> dict[str, Any]:
-    choice: Choice = attempt.choice
+def _attempt_story(choice: Choice, rids: Sequence[str], handoff: Handoff, started_at: float) -> dict[str, Any]:
     return {
-        "rids": list(attempt.rids),
+        "rids": list(rids),
         "prefill": choice.prefill.id if choice.prefill is not None else None,
         "decode": choice.decode.id,
         "reason": choice.reason,
-        "state": attempt.handoff.state.value,
-        "events": [{"at_s": round(at - started_at, 6), "event": name} for at, name in attempt.handoff.history],
+        "state": handoff.state.value,
+        "events": [{"at_s": round(at - started_at, 6), "event": name} for at, name in handoff.history],
     }

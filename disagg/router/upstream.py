@@ -8,6 +8,7 @@ chunk frames; what it finds goes to the *leg* that uses the connection at the mo
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator
 from typing import Protocol, cast
 
@@ -20,6 +21,12 @@ FRAME_LIMIT = 16 * 1024 * 1024
 CHUNK_LINE_LIMIT = 20
 
 LAST_CHUNK = b"0\r\n\r\n"
+
+_STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-9][0-9]{2})[ \r]")
+_CLOSES = re.compile(rb"\r\nconnection:[^\r]*\bclose\b")  # these four look at a head in lower case
+_IS_STREAM = re.compile(rb"\r\ncontent-type:[ \t]*text/event-stream")
+_IS_CHUNKED = re.compile(rb"\r\ntransfer-encoding:[^\r]*\bchunked[ \t]*\r")
+_LENGTH_LINE = re.compile(rb"\r\ncontent-length:[ \t]*([^\r]*?)[ \t]*\r")
 
 _IDLE, _HEAD, _LENGTH, _CHUNKED, _UNTIL_CLOSE = range(5)
 
@@ -81,7 +88,11 @@ class UpstreamConnection(asyncio.Protocol):
         self.leg = leg
         self._phase = _HEAD
         self.saw_bytes = False
-        self.transport.write(request)
+        if self.closed:  # the engine closed it while the other leg's connection was being made
+            self.reused = True
+            self._upstream.soon(self.connection_lost, None)
+        else:
+            self.transport.write(request)
 
     def abandon(self) -> None:
         """Closes at once; the leg hears nothing more."""
@@ -145,25 +156,26 @@ class UpstreamConnection(asyncio.Protocol):
     # --- parsing
 
     def _read_head(self, data: bytes) -> None:
-        end = data.find(b"\r\n\r\n")
-        if end < 0:
-            if len(data) > HEAD_LIMIT:
-                raise ValueError("its response head has no end")
-            self._tail = data
-            return
-        if not data.startswith(b"HTTP/1."):
-            raise ValueError("what it sent is not HTTP")
-        status = int(data[9:12])
-        if status < 200:
-            self._read_head(data[end + 4 :])  # an interim answer: the real head follows
-            return
-        head = data[:end].lower() + b"\r\n"
-        self._keep = b"\r\nconnection: close" not in head and data.startswith(b"HTTP/1.1")
+        start, status, head = 0, 100, b""
+        while status < 200:  # interim answers come before the real head
+            end = data.find(b"\r\n\r\n", start)
+            if end < 0:
+                if len(data) - start > HEAD_LIMIT:
+                    raise ValueError("its response head has no end")
+                self._tail = data[start:]
+                return
+            line = _STATUS_LINE.match(data, start)
+            if line is None:
+                raise ValueError("what it sent is not HTTP")
+            status = int(line[1])
+            head = data[start:end].lower() + b"\r\n"
+            start = end + 4
+        self._keep = head.startswith(b"http/1.1") and _CLOSES.search(head) is None
         self._set_framing(head, status)
         leg = self.leg
         assert leg is not None
-        leg.head(status, is_stream=b"\r\ncontent-type: text/event-stream" in head)
-        rest = data[end + 4 :]
+        leg.head(status, is_stream=_IS_STREAM.search(head) is not None)
+        rest = data[start:]
         if self._phase == _CHUNKED:
             if rest and self.leg is leg:
                 self._walk(rest)
@@ -173,12 +185,13 @@ class UpstreamConnection(asyncio.Protocol):
             self._deliver(rest)
 
     def _set_framing(self, head: bytes, status: int) -> None:
-        at = head.find(b"\r\ncontent-length:")
-        if b"\r\ntransfer-encoding: chunked" in head:
+        if _IS_CHUNKED.search(head) is not None:
             self._phase = _CHUNKED
-        elif at >= 0:
+        elif (length := _LENGTH_LINE.search(head)) is not None:
             self._phase = _LENGTH
-            self._left = int(head[at + 17 : head.index(b"\r\n", at + 17)])
+            if not length[1].isdigit() or len(length[1]) > 15:
+                raise ValueError("its content-length is not a number")
+            self._left = int(length[1])
         elif status in {204, 304}:
             self._phase, self._left = _LENGTH, 0
         else:
@@ -305,8 +318,13 @@ class Upstream:
             raise EngineError(f"the engine {address.id} at {address.url} could not be connected in {limit_s:g} s") from error
         except OSError as error:
             raise EngineError(f"the engine {address.id} at {address.url} refused the connection") from error
-        self._open.add(connection)
+        if not connection.closed:
+            self._open.add(connection)
         return connection
+
+    def soon(self, call: Callable[..., object], *args: object) -> None:
+        """Calls in the loop's next round."""
+        self._loop.call_soon(call, *args)
 
     def give_back(self, connection: UpstreamConnection) -> None:
         """Takes a connection back after a complete exchange, or one that was not used."""
