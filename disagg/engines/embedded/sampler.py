@@ -125,12 +125,13 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def _in_range(param: str, value: float, low: float, high: float, *, above: bool = False) -> None:
-    # No value but NaN and infinity fails isfinite; NaN would also pass through a chain of < as "not outside".
-    if math.isfinite(value) and (low < value if above else low <= value) and value <= high:
+    # Comparisons only: NaN fails each, and an integer of a thousand digits cannot become a float.
+    if (low < value if above else low <= value) and value <= high and value != math.inf:
         return
     lower = f"more than {low}" if above else f"at least {low}"
     upper = "" if high == math.inf else f" and at most {high}"
-    raise RequestError(f"{param} must be {lower}{upper}, not {value}", param=param)
+    shown = value if isinstance(value, float) or value.bit_length() <= 64 else "so large a number"
+    raise RequestError(f"{param} must be {lower}{upper}, not {shown}", param=param)
 
 
 class Sampled(NamedTuple):
