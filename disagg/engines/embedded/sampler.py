@@ -130,7 +130,7 @@ def _in_range(param: str, value: float, low: float, high: float, *, above: bool 
         return
     lower = f"more than {low}" if above else f"at least {low}"
     upper = "" if high == math.inf else f" and at most {high}"
-    shown = value if isinstance(value, float) or value.bit_length() <= 64 else "so large a number"
+    shown = "so large a number" if abs(value) >= 2**64 else value
     raise RequestError(f"{param} must be {lower}{upper}, not {shown}", param=param)
 
 
