@@ -213,8 +213,8 @@ class Handoff:
             IllegalMoveError: the event cannot happen in this state; nothing was changed.
         """
         move = _MOVES.get((self.state, type(event)))
-        if move is None:
-            raise IllegalMoveError(f"{type(event).__name__} in state {self.state}")
+        if move is None or (not self.paired and type(event) in _OF_PREFILL):
+            raise IllegalMoveError(f"{type(event).__name__} in state {self.state}{'' if self.paired else ' of a unified engine'}")
         before = self.state
         commands = move(self, event, now)
         if (self.state is not before or commands or type(event) is not Tick) and len(self.history) < HISTORY_LIMIT:
@@ -340,6 +340,7 @@ class Handoff:
 _Move = Callable[[Handoff, Any, float], list[Command]]
 _CONNECTING = (State.NEW, State.BOOTSTRAPPING)
 _WAITING = (State.PREFILLING, State.TRANSFERRING)
+_OF_PREFILL = frozenset({PrefillFinished, PrefillFailed})
 
 _MOVES: Mapping[tuple[State, type], _Move] = {
     (State.NEW, Dispatched): Handoff._dispatched,
