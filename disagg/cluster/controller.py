@@ -104,11 +104,13 @@ class Controller:
             ready = known.state is EngineState.READY
             facts, mode = (known.facts, "") if ready else await self._facts(address, session)
             loads = await self._get(address, session, "/v1/loads?include=core,disagg,queues,memory")
+            return Answered(facts, _load(loads), mode)
         except aiohttp.ClientConnectorError:
             return Refused()
-        except (TimeoutError, aiohttp.ClientError, msgspec.DecodeError, OSError) as error:
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
             return TimedOut(f"its probe failed: {type(error).__name__}")
-        return Answered(facts, _load(loads), mode)
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            return TimedOut(f"its answer to a probe makes no sense: {type(error).__name__}")
 
     async def _facts(self, address: EngineAddress, session: aiohttp.ClientSession) -> tuple[EngineFacts, str]:
         models = await self._get(address, session, "/v1/models")

@@ -133,6 +133,8 @@ class EngineDetector:
         self._probe_again(now, ready=False)
         if self._view.state is EngineState.STARTING:
             self._change(EngineState.STARTING, f"nothing listens at {self._view.address.url} yet")
+        elif self._view.state is EngineState.DEAD:
+            pass  # as it should be
         elif self._refusals >= REFUSALS_UNTIL_DEAD:
             self._change(EngineState.DEAD, f"it refused {REFUSALS_UNTIL_DEAD} connections in a row")
         else:
@@ -140,6 +142,7 @@ class EngineDetector:
         return []
 
     def _on_timeout(self, event: TimedOut, now: float) -> list[Command]:
+        self._refusals = 0  # something listens
         self._probe_again(now, ready=False)
         if self._view.state not in {EngineState.STARTING, EngineState.DEAD}:
             self._change(EngineState.SUSPECT, event.why)
