@@ -122,6 +122,8 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for stop in self.stops:
             if not 1 <= len(stop) <= MAX_STOP_CHARS:
                 raise RequestError(f"stop has a string of {len(stop)} characters; 1 to {MAX_STOP_CHARS} are allowed", param="stop")
+            if any("\ud800" <= char <= "\udfff" for char in stop):
+                raise RequestError("stop holds half of a surrogate pair and is not valid Unicode", param="stop")
 
 
 def _in_range(param: str, value: float, low: float, high: float, *, above: bool = False) -> None:
