@@ -14,8 +14,6 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import msgspec
-
 from disagg.errors import DisaggError, EngineError, EngineRefusedError
 from disagg.handoff import (
     FINAL,
@@ -39,10 +37,10 @@ from disagg.handoff import (
     Tick,
 )
 from disagg.model import Choice
+from disagg.router.openai import split_failure
 from disagg.router.upstream import Upstream, UpstreamConnection, unframe
 
 ANSWER_LIMIT = 64 * 1024 * 1024
-_ERROR_EVENT = b'data: {"error"'
 
 
 class Owner(Protocol):
@@ -367,22 +365,11 @@ class DecodeLeg:
 
 
 def refusal(engine: object, status: int, body: bytes) -> EngineRefusedError | None:
-    """The error that an answer carries; None for a good one.
+    """The error that a complete answer carries; None for a good one.
 
-    SGLang's native route answers 200 and puts an error into the stream, so a body is looked at too.
+    SGLang's native route answers 200 and puts an error into the stream, so a stream's events are looked at too.
     """
     if status == 200:
-        if not body.startswith(_ERROR_EVENT):
-            return None
-        body = body[6 : body.find(b"\n\n")]
-        status = _status_in(body)
+        return split_failure(body)[1] if body.startswith(b"data:") else None
     name = getattr(engine, "id", "?")
     return EngineRefusedError(f"the engine {name} refused the request (HTTP {status})", status=status, body=body)
-
-
-def _status_in(body: bytes) -> int:
-    try:
-        code = msgspec.json.decode(body)["error"].get("code")
-    except (msgspec.DecodeError, KeyError, AttributeError, TypeError):
-        return 502
-    return code if isinstance(code, int) and 400 <= code <= 599 else 400

@@ -6,13 +6,12 @@ from collections import deque
 
 from disagg.errors import EngineError
 from disagg.handoff import DecodeFailed, DecodeFinished
-from disagg.router.attempt import ANSWER_LIMIT, Attempt, DecodeLeg, refusal
+from disagg.router.attempt import ANSWER_LIMIT, Attempt, DecodeLeg
 from disagg.router.client import Client
 from disagg.router.journal import Journal
-from disagg.router.openai import DONE_EVENT
+from disagg.router.openai import DONE_EVENT, may_hold_failure, split_failure
 from disagg.router.upstream import unframe
 
-_ERROR_EVENT = b'data: {"error"'
 _BUFFERED_EVENTS = 256
 _PARTIAL_LIMIT = 16 * 1024 * 1024
 
@@ -36,7 +35,7 @@ class StreamLeg(DecodeLeg):
 
     def frames(self, raw: bytes, aligned: bool) -> None:
         """Whole HTTP chunks: the hot path."""
-        if not aligned or self._partial or self.status != 200 or not self._client.chunked or _ERROR_EVENT in raw:
+        if not aligned or self._partial or self.status != 200 or not self._client.chunked or may_hold_failure(raw):
             self._careful_frames(raw)
             return
         self._pass(raw)
@@ -70,14 +69,11 @@ class StreamLeg(DecodeLeg):
         if len(self._partial) > _PARTIAL_LIMIT:
             self.fail(EngineError(f"the engine {self.attempt.choice.decode.id} sent an event without an end"))
             return
-        at = whole.find(_ERROR_EVENT)
-        if at >= 0 and (at == 0 or whole[at - 1] == 10):
-            if at:
-                self._pass(self._client.frame(whole[:at]))
-            error = refusal(self.attempt.choice.decode, 200, whole[at:])
-            self.fail(error or EngineError("the engine reported an error in its stream"))
-        elif whole:
-            self._pass(self._client.frame(whole))
+        good, error = split_failure(whole)
+        if good:
+            self._pass(self._client.frame(good))
+        if error is not None:
+            self.fail(error)
 
     def finish(self) -> None:
         """The body is complete: with `[DONE]`, or it was cut."""
@@ -139,8 +135,8 @@ class EventLeg(DecodeLeg):
         now = attempt.last_read_at = attempt.owner.clock()
         *events, self._partial = (self._partial + data).split(b"\n\n")
         for event in events:
-            if event.startswith(_ERROR_EVENT):
-                self.fail(refusal(attempt.choice.decode, 200, event + b"\n\n") or EngineError("error in the stream"))
+            if may_hold_failure(event) and (error := split_failure(event + b"\n\n")[1]) is not None:
+                self.fail(error)
                 return
             if event + b"\n\n" == DONE_EVENT:
                 self._saw_done = True

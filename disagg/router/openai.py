@@ -307,6 +307,52 @@ def _engine_error(error: EngineRefusedError) -> dict[str, Any] | None:
     return error_object(inner["message"], kind=kind, param=inner.get("param"), code=None if code == error.status else code)
 
 
+# What an engine puts into a stream when it fails: an error object, or on SGLang's native route an answer that was aborted. Inside of JSON
+# strings quotes are escaped, so model text cannot look like either.
+_FAILURES = (b'data: {"error"', b'"type":"abort"')
+
+
+def may_hold_failure(events: bytes) -> bool:
+    """A quick look whether an event may report a failure; `split_failure` says for certain."""
+    return _FAILURES[0] in events or _FAILURES[1] in events
+
+
+def split_failure(events: bytes) -> tuple[bytes, EngineRefusedError | None]:
+    """Cuts whole events before the first one that reports a failure.
+
+    Returns:
+        What stands before it, and the failure with the status that the engine gave (400 where it gave none, 500 for an abort).
+    """
+    at = 0
+    while at < len(events):
+        end = events.find(b"\n\n", at) + 2 or len(events)
+        event = events[at:end]
+        if may_hold_failure(event) and (error := _failure(event)) is not None:
+            return events[:at], error
+        at = end
+    return events, None
+
+
+def _failure(event: bytes) -> EngineRefusedError | None:
+    try:
+        value = parse_event(event)
+    except msgspec.DecodeError:
+        return EngineRefusedError("the engine reported an error that is not JSON", status=502)
+    if value is None:
+        return None
+    if isinstance(error := value.get("error"), dict):
+        code = error.get("code")
+        status = code if isinstance(code, int) and 400 <= code <= 599 else 400
+        return EngineRefusedError(str(error.get("message")), status=status, body=msgspec.json.encode({"error": error}))
+    finish = (value.get("meta_info") or {}).get("finish_reason")
+    if not isinstance(finish, dict) or finish.get("type") != "abort":
+        return None
+    sentence = str(finish.get("message") or "the engine aborted the request")
+    code = finish.get("status_code")
+    status = code if isinstance(code, int) and 400 <= code <= 599 else 500
+    return EngineRefusedError(sentence, status=status, body=msgspec.json.encode({"error": {"message": sentence}}))
+
+
 def error_event(error: DisaggError) -> bytes:
     """The one event that ends a broken stream. ``[DONE]`` never follows it."""
     return b"data: " + error_body(error) + b"\n\n"

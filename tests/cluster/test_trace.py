@@ -30,7 +30,7 @@ class Arrival(NamedTuple):
 
 def trace() -> list[Arrival]:
     """The longest request has 4,176 tokens, so the lengths fit the demo model's context of 8,192 as they are."""
-    rows = list(csv.DictReader(TRACE.open()))
+    rows = list(csv.DictReader(TRACE.read_text().splitlines()))
     times = [datetime.fromisoformat(r["TIMESTAMP"][:26]) for r in rows]
     lengths = [(int(r["ContextTokens"]), int(r["GeneratedTokens"])) for r in rows]
     assert max(sum(pair) for pair in lengths) <= CONTEXT_TOKENS
@@ -73,7 +73,6 @@ async def test_a_real_trace_comes_out_as_a_unified_engine_answers_it(session: ai
         async with asyncio.timeout(10):
             while not all([holds_nothing(await load_of(session, e)) for e in cluster.engines()]):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
-        assert all(e["load"]["running"] == 0 for e in cluster.engines())
     limit, excused = asyncio.Semaphore(8), 0
 
     async def unified(arrival: Arrival) -> list[int]:

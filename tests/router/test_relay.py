@@ -319,6 +319,22 @@ async def test_an_error_as_the_first_event_becomes_a_real_status(rig: Rig) -> No
         assert (await response.json())["error"]["message"] == "the prompt is too long"
 
 
+async def test_an_aborted_native_stream_is_an_error_and_not_an_end(rig: Rig) -> None:
+    """SGLang ends a native stream whose request failed with a finish_reason of type abort, and [DONE]."""
+
+    async def abort(call: Call) -> None:
+        await call.event({"text": "al", "meta_info": {"finish_reason": None}})
+        reason = {"type": "abort", "message": "the KV transfer failed", "status_code": 500}
+        await call.event({"text": "al", "meta_info": {"finish_reason": reason}})
+        await call.done()
+
+    rig.decode.behave = abort
+    async with asyncio.timeout(2), await rig.post({**GENERATE, "stream": True}, "/generate") as response:
+        events = events_of(await response.text())
+    assert len(events) == 2
+    assert events[1]["error"]["message"] == "the KV transfer failed"
+
+
 async def test_an_engine_that_ignores_aborts_loses_its_connection(rig: Rig) -> None:
     async def refuse(call: Call) -> None:
         await call.json_answer({"error": {"message": "no"}}, 400)
