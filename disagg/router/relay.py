@@ -31,8 +31,10 @@ Spawn = Callable[[Any, str], Any]
 
 
 class Record:
-    """What is kept of a request for ``/admin/requests/ID``: decisions, states, times. Never a prompt, never an answer, nor what holds
-    one."""
+    """What is kept of a request for ``/admin/requests/ID``: decisions, states, times.
+
+    Never a prompt, never an answer, nor anything that holds one.
+    """
 
     __slots__ = ("error", "model", "outcome", "request_id", "route", "started_at", "trail")
 
