@@ -7,7 +7,8 @@ and ``disagg check`` are made from these fields. Units are in the names.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -20,6 +21,10 @@ from disagg.model import EngineAddress, EngineId, Role
 def _doc(text: str, *, flag: str | None = None, **limits: Any) -> msgspec.Meta:
     return msgspec.Meta(description=text, extra={"flag": flag}, **limits)
 
+
+_Where = Callable[[str, str], str]  # section, key -> where it was written, for errors
+_HOST = re.compile(r"[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*(%\w+)?|[\w-]{1,63}(\.[\w-]{1,63})*\.?", re.ASCII)  # IPv6, or names and IPv4
+_MANY = 1_000_000_000
 
 _Seconds = Annotated[float, msgspec.Meta(gt=0, le=3600)]
 
@@ -44,21 +49,21 @@ class RouterSection(msgspec.Struct, frozen=True):
 class EngineSection(msgspec.Struct, frozen=True):
     """Defaults of the engines that are started on this host."""
 
-    engine: Annotated[str, _doc("Which engine: embedded.", pattern="^embedded$")] = "embedded"
+    engine: Annotated[str, _doc("Which engine: embedded.", pattern=r"^embedded\Z")] = "embedded"
     model: Annotated[str, _doc("A Hugging Face folder; empty means the demo model that comes with disagg.")] = ""
     served_name: Annotated[str, _doc("The model's name for clients; empty means `demo`, or the folder's name.")] = ""
     page_size: Annotated[int, _doc("Tokens in a page of the KV pool.", ge=1, le=1024)] = 16
-    kv_pool_tokens: Annotated[int, _doc("Size of an engine's KV pool, in tokens.", ge=64)] = 16384
-    max_running_requests: Annotated[int, _doc("Requests that an engine decodes at once.", ge=1)] = 64
-    chunk_tokens: Annotated[int, _doc("Prompt tokens that an engine reads in one step.", ge=1)] = 512
+    kv_pool_tokens: Annotated[int, _doc("Size of an engine's KV pool, in tokens.", ge=64, le=_MANY)] = 16384
+    max_running_requests: Annotated[int, _doc("Requests that an engine decodes at once.", ge=1, le=_MANY)] = 64
+    chunk_tokens: Annotated[int, _doc("Prompt tokens that an engine reads in one step.", ge=1, le=_MANY)] = 512
     engine_args: Annotated[tuple[str, ...], _doc("Handed to the engine as it is. Repeatable.", flag="--engine-arg")] = ()
 
 
 class ObserveSection(msgspec.Struct, frozen=True):
     """Logs."""
 
-    log_level: Annotated[str, _doc("debug, info, warning or error.", pattern="^(debug|info|warning|error)$")] = "info"
-    log_format: Annotated[str, _doc("text, json, or auto: text on a terminal.", pattern="^(auto|text|json)$")] = "auto"
+    log_level: Annotated[str, _doc("debug, info, warning or error.", pattern=r"^(debug|info|warning|error)\Z")] = "info"
+    log_format: Annotated[str, _doc("text, json, or auto: text on a terminal.", pattern=r"^(auto|text|json)\Z")] = "auto"
 
 
 class Config(msgspec.Struct, frozen=True):
@@ -114,36 +119,54 @@ def parse_config(text: str, *, file: str, flags: Mapping[str, Mapping[str, Any]]
     """
     try:
         given = tomli.loads(text)
-    except tomli.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not only TOMLDecodeError: endless integers and endless nesting are these
         raise ConfigError(f"{file} is not valid TOML: {error}") from error
     sections: dict[str, msgspec.Struct] = {}
     for name, values in given.items():
         if name not in _SECTIONS:
-            raise ConfigError(f"{_where(file, text, name)}: there is no section [{name}]; {_nearest(name, _SECTIONS)}")
+            raise ConfigError(f"{_where(file, text, name)}: there is no section [{_name(name)}]; {_nearest(name, _SECTIONS)}")
         if not isinstance(values, dict):
             raise ConfigError(
-                f"{_where(file, text, name)}: {name} = {values!r} stands outside a section; {name} is a section, write [{name}]"
+                f"{_where(file, text, name)}: {name} = {_value(values)} stands outside a section; {name} is a section, write [{name}]"
             )
+
+    def in_file(section: str, key: str) -> str:
+        return f"{_where(file, text, key, section)}: {section}.{_name(key)}"
+
+    flags = flags or {}
     for name, kind in _SECTIONS.items():
-        from_file = _checked(name, given.get(name, {}), lambda key, _n=name: f"{_where(file, text, key, _n)}: {_n}.{key}")
-        from_flags = _checked(name, (flags or {}).get(name, {}), lambda key, _n=name: f"{_flag_of(_n, key)}")
+        from_file = _checked(name, given.get(name, {}), in_file)
+        from_flags = _checked(name, flags.get(name, {}), _flag_of)
         sections[name] = kind(**(from_file | from_flags))
     config = Config(**sections)  # type: ignore[arg-type]
-    _check_addresses(config)
+    _check_addresses(config, lambda s, key: (_flag_of if key in flags.get(s, {}) else in_file)(s, key))
     return config
 
 
-def _checked(section: str, values: Mapping[str, Any], where: Any) -> dict[str, Any]:
+def _checked(section: str, values: Mapping[str, Any], where: _Where) -> dict[str, Any]:
     known = {s.key: s for s in settings(section)}
     checked = {}
     for key, value in values.items():
         if key not in known:
-            raise ConfigError(f"{where(key)} = {value!r} is not a setting; {_nearest(key, known)}")
+            raise ConfigError(f"{where(section, key)} = {_value(value)} is not a setting; {_nearest(key, known)}")
         try:
             checked[key] = msgspec.convert(value, known[key].type)
         except msgspec.ValidationError as error:
-            raise ConfigError(f"{where(key)} = {value!r} is not allowed: {_plain(error)} ({known[key].text})") from error
+            raise ConfigError(f"{where(section, key)} = {_value(value)} is not allowed: {_plain(error)} ({known[key].text})") from error
     return checked
+
+
+def _name(key: str) -> str:
+    return key if key.isprintable() else repr(key)
+
+
+def _value(value: object) -> str:
+    """A value as a part of one line, whatever somebody wrote."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print integers of more than 4300 digits
+        return "an endless number"
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _plain(error: msgspec.ValidationError) -> str:
@@ -174,10 +197,10 @@ def _where(file: str, text: str, key: str, section: str = "") -> str:
     return file
 
 
-def _check_addresses(config: Config) -> None:
-    parse_listen("router.http", config.router.http)
-    parse_listen("router.admin", config.router.admin)
-    engine_addresses(config.router)
+def _check_addresses(config: Config, where: _Where) -> None:
+    parse_listen(where("router", "http"), config.router.http)
+    parse_listen(where("router", "admin"), config.router.admin)
+    engine_addresses(config.router, where)
 
 
 def parse_listen(name: str, value: str) -> tuple[str, int]:
@@ -186,35 +209,43 @@ def parse_listen(name: str, value: str) -> tuple[str, int]:
     Raises:
         ConfigError: it is something else.
     """
-    host, colon, port = value.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
-        raise ConfigError(f"{name} = {value!r} is not allowed: write HOST:PORT, for example 127.0.0.1:8000")
-    return host, int(port)
+    found = _host_and_port(value)
+    if found is None:
+        raise ConfigError(f"{name} = {_value(value)} is not allowed: write HOST:PORT, for example 127.0.0.1:8000")
+    return found
 
 
-def engine_addresses(section: RouterSection) -> list[EngineAddress]:
+def engine_addresses(section: RouterSection, where: _Where = "{}.{}".format) -> list[EngineAddress]:
     """The engines given by URL. Their ids are role and number.
 
     Raises:
         ConfigError: a URL is wrong, or a prefill engine lacks its bootstrap port.
     """
     given = {Role.PREFILL: section.prefill, Role.DECODE: section.decode, Role.UNIFIED: section.unified}
-    return [_address(role, i, text) for role, texts in given.items() for i, text in enumerate(texts)]
+    return [_address(role, i, text, where) for role, texts in given.items() for i, text in enumerate(texts)]
 
 
-def _address(role: Role, number: int, text: str) -> EngineAddress:
-    example = "http://10.0.0.1:30000,8998" if role is Role.PREFILL else "http://10.0.0.1:30000"
-    wrong = ConfigError(f"router.{role} = {text!r} is not allowed: write {example}")
+def _address(role: Role, number: int, text: str, where: _Where) -> EngineAddress:
     url, comma, bootstrap = text.partition(",")
     scheme, _, rest = url.rstrip("/").partition("://")
-    host, colon, port = rest.rpartition(":")
+    found = _host_and_port(rest)
+    meeting = _port(bootstrap) or 0
+    right = bool(comma) == (role is Role.PREFILL) and bool(meeting) == bool(comma)
+    if scheme != "http" or found is None or not found[1] or not right:
+        example = "http://10.0.0.1:30000,8998" if role is Role.PREFILL else "http://10.0.0.1:30000"
+        raise ConfigError(f"{where('router', role)} = {_value(text)} is not allowed: write {example}")
+    return EngineAddress(EngineId(f"{role}-{number}"), role, *found, meeting)
+
+
+def _host_and_port(text: str) -> tuple[str, int] | None:
+    host, _, port_text = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if scheme != "http" or not colon or not host or not port.isdigit() or "/" in rest:
-        raise wrong
-    if bool(comma) != (role is Role.PREFILL) or (comma and not bootstrap.isdigit()):
-        raise wrong
-    return EngineAddress(EngineId(f"{role}-{number}"), role, host, int(port), int(bootstrap) if comma else 0)
+    port = _port(port_text)
+    return None if port is None or not _HOST.fullmatch(host) else (host, port)
+
+
+def _port(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 5 and int(text) <= 65535 else None
 
 
 def default_toml() -> str:
