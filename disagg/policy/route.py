@@ -56,7 +56,7 @@ def pool_of(view: ClusterView, model: str) -> Pool:
     if pool is not None and pool.can_serve:
         return pool
     known = {e.facts.model for e in view.engines if e.facts.model}
-    if known and model not in known:
+    if (model or len(known) > 1) and known and model not in known:
         names = ", ".join(sorted(known))
         asked = f"no engine serves the model {model[:80]!r}" if model else "name the model: several are served"
         raise UnknownModelError(f"{asked}; there is {names}", param="model", code="model_not_found")
