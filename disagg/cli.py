@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from disagg import __version__, server
+from disagg import __version__
 from disagg.config import Config, Setting, default_toml, is_repeatable, parse_config, settings
 from disagg.errors import ConfigError, DisaggError
 from disagg.model import Role
@@ -107,6 +107,8 @@ def serve(
     """Run one host's part of a cluster. The router serves engines that run already, given by URL."""
     loaded = _load(config, flags)
     assert role is ServeRole.ROUTER
+    from disagg import server  # noqa: PLC0415  # as in `up`: `--version`, `--help` and `check` need not wait for aiohttp
+
     server.run(lambda: server.serve_router(loaded, _say))
 
 
@@ -129,6 +131,8 @@ def up(
     }
     if not unified and not (counts[Role.PREFILL] and counts[Role.DECODE]):
         raise typer.BadParameter("a cluster needs a prefill and a decode engine, or a unified one")
+    from disagg import server  # noqa: PLC0415
+
     server.run(lambda: server.run_up(loaded, counts, _say))
 
 
