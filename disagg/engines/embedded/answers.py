@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from disagg.engines.embedded.generation import InputLogprob
+from disagg.engines.embedded.scheduler import Leg
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,9 +44,9 @@ def v1_error(sentence: str, status: int, kind: str | None = None) -> dict[str, A
     return {"object": "error", "message": sentence, "type": kind, "param": None, "code": status}
 
 
-def generate_error(sentence: str) -> dict[str, Any]:
-    """SGLang's error object of /generate."""
-    return {"error": {"message": sentence}}
+def generate_error(sentence: str, status: int) -> dict[str, Any]:
+    """SGLang's error object of /generate, and its status: in a stream, whose head said 200, nothing else tells whose fault it was."""
+    return {"error": {"message": sentence, "code": status}}
 
 
 def usage(generations: Sequence[Generation], n: int) -> dict[str, Any]:
@@ -116,7 +117,7 @@ class GenerateShape:
 
     def error(self, sentence: str, status: int) -> dict[str, Any]:
         """SGLang's error object of /generate."""
-        return generate_error(sentence)
+        return generate_error(sentence, status)
 
     def _object(self, generation: Generation, characters: int, tokens: int) -> dict[str, Any]:
         return {
@@ -163,9 +164,12 @@ def _top(top: Sequence[tuple[int, float]]) -> list[tuple[float, int, None]]:
 
 
 def prompt_logprobs(generation: Generation) -> list[InputLogprob]:
-    """The prompt's logprobs; the very first token has none, for nothing came before it."""
+    """The prompt's logprobs; the very first token has none, for nothing came before it.
+
+    A decode engine has computed none of them: they stand in prefill's answer.
+    """
     first = generation.ask.logprobs_from
-    if first is None:
+    if first is None or (generation.job is not None and generation.job.leg is Leg.DECODE):
         return []
     found = generation.input_logprobs
     return [InputLogprob(int(generation.ask.prompt[0]), None, []), *found] if first == 0 else found

@@ -374,7 +374,7 @@ def _failure(generation: Generation) -> tuple[str, int] | None:
 
 
 def _refusal(request: web.Request, sentence: str, status: int) -> web.Response:
-    body = answers.generate_error(sentence) if request.path == "/generate" else answers.v1_error(sentence, status)
+    body = answers.generate_error(sentence, status) if request.path == "/generate" else answers.v1_error(sentence, status)
     return _json(body, status=status)
 
 
