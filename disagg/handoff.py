@@ -212,13 +212,13 @@ class Handoff:
         Raises:
             IllegalMoveError: the event cannot happen in this state; nothing was changed.
         """
-        move = _MOVES.get((self.state, type(event)))
-        if move is None or (not self.paired and type(event) in _OF_PREFILL):
+        kind = type(event)
+        move = _MOVES[self.state].get(kind)
+        if move is None or (not self.paired and kind in _OF_PREFILL):
             raise IllegalMoveError(f"{type(event).__name__} in state {self.state}{'' if self.paired else ' of a unified engine'}")
-        before = self.state
         commands = move(self, event, now)
-        if (self.state is not before or commands or type(event) is not Tick) and len(self.history) < HISTORY_LIMIT:
-            self.history.append((now, type(event).__name__))
+        if (kind is not Tick or commands) and len(self.history) < HISTORY_LIMIT:
+            self.history.append((now, kind.__name__))
         return commands
 
     def next_deadline(self) -> float | None:
@@ -276,6 +276,9 @@ class Handoff:
         self.state = State.DECODING
         self._wait_until(now + self._limits.between_tokens_s)
         return []
+
+    def _first_token_too_late(self, _event: Any, _now: float) -> list[Command]:
+        return []  # the abort is on its way
 
     def _decode_finished(self, _event: Any, now: float) -> list[Command]:
         self.state = State.DONE
@@ -342,17 +345,25 @@ _CONNECTING = (State.NEW, State.BOOTSTRAPPING)
 _WAITING = (State.PREFILLING, State.TRANSFERRING)
 _OF_PREFILL = frozenset({PrefillFinished, PrefillFailed})
 
-_MOVES: Mapping[tuple[State, type], _Move] = {
-    (State.NEW, Dispatched): Handoff._dispatched,
-    (State.BOOTSTRAPPING, LegsSent): Handoff._legs_sent,
-    **{(s, PrefillFailed): Handoff._prefill_failed for s in (State.BOOTSTRAPPING, State.PREFILLING)},
-    **{(s, DecodeFailed): Handoff._decode_failed for s in (State.BOOTSTRAPPING, *_WAITING, State.DECODING)},
-    **{(s, PrefillFinished): Handoff._prefill_finished for s in (State.PREFILLING, State.DECODING, *FINAL)},
-    **{(s, PrefillFailed): Handoff._prefill_failed_late for s in (State.DECODING, *FINAL)},
-    **{(s, FirstTokenSeen): Handoff._first_token_seen for s in _WAITING},
-    **{(s, DecodeFinished): Handoff._decode_finished for s in (*_WAITING, State.DECODING)},
-    **{(s, event): Handoff._decode_ended_late for s in FINAL for event in (DecodeFinished, DecodeFailed)},
-    **{(s, ClientLeft): Handoff._client_left for s in (*_CONNECTING, *_WAITING, State.DECODING)},
-    **{(s, Tick): Handoff._tick for s in (State.BOOTSTRAPPING, *_WAITING, State.DECODING)},
-    **{(s, Tick): Handoff._tick_final for s in FINAL},
-}
+
+def _by_state(moves: Mapping[tuple[State, type], _Move]) -> Mapping[State, Mapping[type, _Move]]:
+    return {state: {kind: move for (s, kind), move in moves.items() if s is state} for state in State}
+
+
+_MOVES = _by_state(
+    {
+        (State.NEW, Dispatched): Handoff._dispatched,
+        (State.BOOTSTRAPPING, LegsSent): Handoff._legs_sent,
+        **{(s, PrefillFailed): Handoff._prefill_failed for s in (State.BOOTSTRAPPING, State.PREFILLING)},
+        **{(s, DecodeFailed): Handoff._decode_failed for s in (State.BOOTSTRAPPING, *_WAITING, State.DECODING)},
+        **{(s, PrefillFinished): Handoff._prefill_finished for s in (State.PREFILLING, State.DECODING, *FINAL)},
+        **{(s, PrefillFailed): Handoff._prefill_failed_late for s in (State.DECODING, *FINAL)},
+        **{(s, FirstTokenSeen): Handoff._first_token_seen for s in _WAITING},
+        **{(s, FirstTokenSeen): Handoff._first_token_too_late for s in FINAL},
+        **{(s, DecodeFinished): Handoff._decode_finished for s in (*_WAITING, State.DECODING)},
+        **{(s, event): Handoff._decode_ended_late for s in FINAL for event in (DecodeFinished, DecodeFailed)},
+        **{(s, ClientLeft): Handoff._client_left for s in (*_CONNECTING, *_WAITING, State.DECODING)},
+        **{(s, Tick): Handoff._tick for s in (State.BOOTSTRAPPING, *_WAITING, State.DECODING)},
+        **{(s, Tick): Handoff._tick_final for s in FINAL},
+    }
+)

@@ -62,7 +62,7 @@ LEGAL: dict[type, set[State]] = {
     LegsSent: {State.BOOTSTRAPPING},
     PrefillFinished: {State.PREFILLING, State.DECODING, *FINAL},
     PrefillFailed: {State.BOOTSTRAPPING, State.PREFILLING, State.DECODING, *FINAL},
-    FirstTokenSeen: {State.PREFILLING, State.TRANSFERRING},
+    FirstTokenSeen: {State.PREFILLING, State.TRANSFERRING, *FINAL},
     DecodeFinished: {State.PREFILLING, State.TRANSFERRING, State.DECODING, *FINAL},
     DecodeFailed: set(State) - {State.NEW},
     ClientLeft: set(State) - FINAL,
@@ -216,6 +216,14 @@ def test_legs_that_end_late_settle_a_final_machine_and_say_nothing_to_the_client
         handoff.check()
     assert handoff.settled
     assert (handoff.state, handoff.error) == (state, error)
+
+
+@pytest.mark.parametrize("state", sorted(FINAL))
+def test_a_first_token_that_comes_too_late_changes_nothing(state: State) -> None:
+    handoff = machine()
+    play(handoff, TO_STATE[state])
+    assert handoff.handle(FirstTokenSeen(), now=1.0) == []
+    assert handoff.state is state
 
 
 # --- limits
@@ -414,6 +422,8 @@ class Walk:
             events += [FirstTokenSeen(), FirstTokenSeen(), ClientLeft()]
         if h.state is State.DECODING:
             events += [ClientLeft()]
+        if h.state in FINAL and h.decode_live and self.chance.random() < 0.2:
+            events += [FirstTokenSeen()]
         return events
 
     def step(self) -> None:
