@@ -100,6 +100,7 @@ _DECODERS: Mapping[Route, msgspec.json.Decoder[Any]] = {
     Route.COMPLETIONS: msgspec.json.Decoder(_CompletionFields),
     Route.GENERATE: msgspec.json.Decoder(_GenerateFields),
 }
+_PATHS = {route: route.value for route in Route}
 _SAMPLING = msgspec.json.Decoder(_SamplingFields)
 
 
@@ -107,7 +108,7 @@ class ClientRequest:
     """A checked request.
 
     Attributes:
-        route: where it came in; the engines get it at the same path.
+        route, path: where it came in; the engines get it at the same path.
         model: the model asked for, empty if the client named none.
         rest: the client's JSON object without its opening brace, ready to have the router's keys put in front.
         stream: whether the answer is an event stream.
@@ -117,10 +118,11 @@ class ClientRequest:
         merge_logprobs: whether prefill's input logprobs belong in front of decode's.
     """
 
-    __slots__ = ("include_usage", "merge_logprobs", "model", "prompts", "rest", "route", "samples", "stream")
+    __slots__ = ("include_usage", "merge_logprobs", "model", "path", "prompts", "rest", "route", "samples", "stream")
 
     def __init__(self, route: Route, model: str, rest: bytes, *, stream: bool) -> None:
         self.route = route
+        self.path = _PATHS[route]
         self.model = model
         self.rest = rest
         self.stream = stream
@@ -199,7 +201,8 @@ def _depth(value: Any) -> int:
 
 
 def _without_own_keys(fields: _OwnKeys, body: bytes) -> bytes:
-    if any(getattr(fields, key) is not _EMPTY for key in _OWN_KEYS):
+    host, port, room = fields.bootstrap_host, fields.bootstrap_port, fields.bootstrap_room
+    if not (fields.rid is host is port is room is _EMPTY):
         kept = {k: v for k, v in msgspec.json.decode(body, type=dict[str, msgspec.Raw]).items() if k not in _OWN_KEYS}
         body = msgspec.json.encode(kept)
     return body.lstrip()[1:]
@@ -336,7 +339,7 @@ def split_failure(events: bytes) -> tuple[bytes, EngineRefusedError | None]:
 def _failure(event: bytes) -> EngineRefusedError | None:
     try:
         value = parse_event(event)
-    except msgspec.DecodeError:
+    except EngineError:
         return EngineRefusedError("the engine reported an error that is not JSON", status=502)
     if value is None:
         return None
@@ -344,7 +347,10 @@ def _failure(event: bytes) -> EngineRefusedError | None:
         code = error.get("code")
         status = code if isinstance(code, int) and 400 <= code <= 599 else 400
         return EngineRefusedError(str(error.get("message")), status=status, body=msgspec.json.encode({"error": error}))
-    finish = (value.get("meta_info") or {}).get("finish_reason")
+    if isinstance(error, str) and error:
+        return EngineRefusedError(error, status=502, body=msgspec.json.encode({"error": {"message": error}}))
+    info = value.get("meta_info")
+    finish = info.get("finish_reason") if isinstance(info, dict) else None
     if not isinstance(finish, dict) or finish.get("type") != "abort":
         return None
     sentence = str(finish.get("message") or "the engine aborted the request")

@@ -224,7 +224,7 @@ class UpstreamConnection(asyncio.Protocol):
                 following = eol + 4 + length
                 if following > size or length <= 0:
                     ended = length == 0 and following <= size
-                    broken = not 0 <= length <= FRAME_LIMIT
+                    broken = not 0 <= length <= FRAME_LIMIT or (ended and data[eol + 2 : following] != b"\r\n")
                     at = following if ended else at
                     break
                 if data[following - 2] != 13:  # every chunk ends with CR LF
