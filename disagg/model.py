@@ -67,8 +67,12 @@ class EngineAddress(msgspec.Struct, frozen=True):
     @property
     def url(self) -> str:
         """The base URL, without a slash at the end."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+        return f"http://{self.url_host}:{self.port}"
+
+    @property
+    def url_host(self) -> str:
+        """The host as a URL holds it, and as ``bootstrap_host`` wants it: IPv6 in brackets."""
+        return f"[{self.host}]" if ":" in self.host else self.host
 
 
 class EngineFacts(msgspec.Struct, frozen=True):

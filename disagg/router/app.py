@@ -91,7 +91,6 @@ class PublicListener:
         writer: AbstractStreamWriter,
         task: asyncio.Task[None],
     ) -> web.BaseRequest:
-        # One byte over the limit is let through by aiohttp's reader, so that the limit's own error is ours.
         return web.BaseRequest(message, payload, protocol, writer, task, self._relay.loop, client_max_size=self._body_limit)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -99,15 +98,15 @@ class PublicListener:
         path = request.raw_path
         route = _ROUTES.get(path)
         if route is not None and request.method == "POST":
-            return await self._generate(request, route)
+            return await self._generate(request, path, route)
         return await self._other(request, path.partition("?")[0])
 
     # --- generation
 
-    async def _generate(self, http: web.BaseRequest, route: Route) -> web.StreamResponse:
+    async def _generate(self, http: web.BaseRequest, path: str, route: Route) -> web.StreamResponse:
         relay, metrics = self._relay, self._metrics
         client = Client(http, self._ids.request_id())
-        record = Record(client.request_id, route.value, relay.clock())
+        record = Record(client.request_id, path, relay.clock())
         relay.remember(record)
         metrics.inflight += 1
         try:
@@ -125,7 +124,7 @@ class PublicListener:
             self._fail(client, record, DisaggError(f"disagg failed on this request ({type(error).__name__}); its log says why"))
         finally:
             metrics.inflight -= 1
-            metrics.requests[route.value, record.outcome] += 1
+            metrics.requests[path, record.outcome] += 1
         return client.finished()
 
     async def _serve(self, http: web.BaseRequest, route: Route, client: Client, record: Record) -> None:
@@ -172,6 +171,7 @@ class PublicListener:
         leg = attempt.decode_leg
         assert isinstance(leg, WholeLeg)
         client.send_whole(200, leg.body, choice=attempt.choice, attempt=job.attempts)
+        attempt.decode_leg = None  # leg and attempt know each other: without this only the garbage collector would free the answer
 
     def _deadline(self, http: web.BaseRequest, now: float) -> float | None:
         text = http.headers.get("x-disagg-deadline-ms")
@@ -182,27 +182,31 @@ class PublicListener:
         return now + int(text[:12]) / 1000
 
     async def _body(self, http: web.BaseRequest, client: Client) -> bytes:
-        length = http.content_length
-        too_large = f"the body is over the limit of {self._body_limit} bytes"
-        if http.headers.get("Content-Encoding", "identity") != "identity":
+        headers, content = http.headers, http.content
+        if "Content-Encoding" in headers:
             client.must_close()
             raise RequestError("send the body as it is: compressed bodies are not read", code="unsupported_encoding")
-        if length is not None and length > self._body_limit:
-            client.must_close()
-            raise BodyTooLargeError(too_large)
-        if "Expect" in http.headers and not http.content.is_eof():
+        if (http.content_length or 0) > self._body_limit:
+            raise self._too_large(client)
+        if content.is_eof():  # it came in one piece with its head, as nearly all do
+            body = content.read_nowait(-1)
+            if len(body) > self._body_limit:
+                raise self._too_large(client)
+            return body
+        if "Expect" in headers:
             client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
-            if http.content.is_eof():
-                return await http.read()
             async with asyncio.timeout(BODY_TIMEOUT_S):
                 return await http.read()
         except web.HTTPRequestEntityTooLarge as error:
-            client.must_close()
-            raise BodyTooLargeError(too_large) from error
+            raise self._too_large(client) from error
         except TimeoutError as error:
             client.must_close()
             raise RequestError(f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from error
+
+    def _too_large(self, client: Client) -> BodyTooLargeError:
+        client.must_close()
+        return BodyTooLargeError(f"the body is over the limit of {self._body_limit} bytes")
 
     def _fail(self, client: Client, record: Record, error: DisaggError) -> None:
         record.outcome = _outcome(error)

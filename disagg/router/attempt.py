@@ -36,7 +36,7 @@ from disagg.handoff import (
     PrefillFinished,
     Tick,
 )
-from disagg.model import Choice
+from disagg.model import Choice, EngineView
 from disagg.router.openai import split_failure
 from disagg.router.upstream import Upstream, UpstreamConnection, unframe
 
@@ -91,7 +91,6 @@ class Attempt:
         "on_wake",
         "owner",
         "prefill_connection",
-        "prefill_leg",
         "retryable",
         "rids",
         "stalled",
@@ -120,12 +119,11 @@ class Attempt:
         self._waiter: asyncio.Future[None] | None = None
         self.prefill_connection: UpstreamConnection | None = None
         self.decode_connection: UpstreamConnection | None = None
-        self.prefill_leg: PrefillLeg | None = None
         self.decode_leg: DecodeLeg | None = None
         self.first_token_at = 0.0
         self.last_read_at = 0.0
         self.retryable = False
-        self.handle(Dispatched())
+        handoff.handle(Dispatched(), now=owner.clock())  # its command is to send, which the relay does once both engines are connected
 
     def send(
         self,
@@ -144,16 +142,14 @@ class Attempt:
         self.decode_leg = decode_leg
         self.decode_connection = decode
         if prefill is not None:
-            self.prefill_leg = PrefillLeg(self)
             self.prefill_connection = prefill
-            prefill.send(self.prefill_leg, requests[0])
+            prefill.send(PrefillLeg(self), requests[0])
         decode.send(decode_leg, requests[1])
         self.handle(LegsSent())
 
     def handle(self, event: Event) -> None:
         """Feeds the machine and does what it says."""
-        commands = self.handoff.handle(event, now=self.owner.clock())
-        for command in commands:
+        for command in self.handoff.handle(event, now=self.owner.clock()):
             self._do(command)
 
     def _do(self, command: Command) -> None:
@@ -173,7 +169,7 @@ class Attempt:
                 self._close(self.decode_connection)
                 self.decode_ended(DecodeFailed(EngineError("its leg was closed")))
             case _:
-                pass  # SendLegs: the relay sends as soon as both connections are there
+                raise AssertionError(f"unknown command {command!r}")
 
     def _abort(self, upstream: Upstream | None) -> None:
         if upstream is not None:
@@ -230,6 +226,7 @@ class Attempt:
     def client_left(self) -> None:
         """The client closed its connection."""
         if self.handoff.state not in FINAL:
+            self.finished = True
             self.handle(ClientLeft())
             self._settle()
 
@@ -309,13 +306,14 @@ class PrefillLeg:
 class DecodeLeg:
     """What all decode legs share: the head, and an answer that is an error."""
 
-    __slots__ = ("_error_parts", "attempt", "is_stream", "status")
+    __slots__ = ("_error_parts", "_failed", "attempt", "is_stream", "status")
 
     def __init__(self, attempt: Attempt) -> None:
         self.attempt = attempt
         self.status = 0
         self.is_stream = False
         self._error_parts: list[bytes] = []
+        self._failed = False
 
     def head(self, status: int, *, is_stream: bool) -> None:
         """The response head arrived. The client hears nothing yet: until the first body bytes an error can still have a real status."""
@@ -324,6 +322,8 @@ class DecodeLeg:
 
     def payload(self, data: bytes) -> None:
         """A part of a body that is not chunked."""
+        if self._failed:
+            return  # what the same read still holds
         if self.status == 200:
             self.answer(data)
         elif sum(map(len, self._error_parts)) < ANSWER_LIMIT:
@@ -350,6 +350,7 @@ class DecodeLeg:
 
     def fail(self, error: EngineError) -> None:
         """The answer is not what was promised: stop reading it. Its rid is aborted, so that the engine stops too."""
+        self._failed = True
         if self.attempt.decode_connection is not None:
             self.attempt.decode_connection.abandon()
         self.attempt.owner.abort_rids(self.attempt.upstreams[1], self.attempt.rids)
@@ -364,12 +365,17 @@ class DecodeLeg:
         raise NotImplementedError
 
 
-def refusal(engine: object, status: int, body: bytes) -> EngineRefusedError | None:
+def refusal(engine: EngineView | None, status: int, body: bytes) -> EngineRefusedError | None:
     """The error that a complete answer carries; None for a good one.
 
-    SGLang's native route answers 200 and puts an error into the stream, so a stream's events are looked at too.
+    SGLang's native route answers 200 and puts an error into the stream, so a stream's events are looked at too. What is no error of the
+    client's (a redirect, an engine that does not know the router's key) becomes a 502.
     """
     if status == 200:
         return split_failure(body)[1] if body.startswith(b"data:") else None
-    name = getattr(engine, "id", "?")
+    name = engine.id if engine is not None else "?"
+    if status in {401, 403}:
+        return EngineRefusedError(f"the engine {name} does not accept the router's API key (HTTP {status})", status=502)
+    if not 400 <= status <= 599:
+        return EngineRefusedError(f"the engine {name} answered with HTTP {status}, which is neither an answer nor an error", status=502)
     return EngineRefusedError(f"the engine {name} refused the request (HTTP {status})", status=status, body=body)

@@ -37,6 +37,7 @@ class Written(web.Response):
         """Writes nothing."""
 
 
+_REASONS = {status.value: status.phrase for status in HTTPStatus}
 _KEEP, _CLOSE = Written(keep=True), Written(keep=False)
 
 
@@ -102,11 +103,9 @@ class Client:
     def send_whole(self, status: int, body: bytes, *, choice: Choice | None = None, attempt: int = 0, extra: str = "") -> None:
         """Writes a whole JSON answer in one write."""
         self.started = True
-        reason = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else "Error"
-        routed = self._headers(choice, attempt)
         head = (
-            f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-            f"{self._closing()}{extra}{routed}\r\n"
+            f"HTTP/1.1 {status} {_REASONS.get(status, 'Error')}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+            f"{self._closing()}{extra}{self._headers(choice, attempt)}\r\n"
         )
         self.write(head.encode() + body)
 

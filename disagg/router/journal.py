@@ -97,16 +97,16 @@ class Journal:
             self._keep_last_event(joined)
         else:
             pieces = (_CHAT_TEXT if self._route is Route.CHAT else _COMPLETION_TEXT).findall(joined)
-            self._text += pieces
-            self._size += sum(map(len, pieces))
+            self._text.append(b"".join(pieces))
+            self._size += len(self._text[-1])
         if self._size > TEXT_LIMIT:
             self.overflowed = True
             self._text.clear()
 
     def _keep_last_event(self, joined: bytes) -> None:
         """SGLang's native stream repeats the whole text in each event, so the last one says it all."""
-        at = joined.rfind(b"data: {")
-        if at >= 0:
+        at = joined.rfind(b"\ndata: {") + 1  # a line of its own: model text has its line ends escaped
+        if joined.startswith(b"data: {", at):
             self._text = [joined[at + 6 : joined.index(b"\n\n", at)]]
             self._size = len(self._text[0])
 

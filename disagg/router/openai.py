@@ -55,7 +55,8 @@ class _OwnKeys(msgspec.Struct):
     disagg_prefill_dp_rank: msgspec.Raw = _EMPTY
 
 
-_OWN_KEYS = tuple(_OwnKeys.__struct_fields__)
+_OWN_KEYS = tuple(_OwnKeys.__struct_fields__)  # a subclass has them first, too
+_NO_OWN_KEYS = (_EMPTY,) * len(_OWN_KEYS)
 
 
 class _OpenAiFields(_OwnKeys):
@@ -201,8 +202,7 @@ def _depth(value: Any) -> int:
 
 
 def _without_own_keys(fields: _OwnKeys, body: bytes) -> bytes:
-    host, port, room = fields.bootstrap_host, fields.bootstrap_port, fields.bootstrap_room
-    if not (fields.rid is host is port is room is _EMPTY):
+    if msgspec.structs.astuple(fields)[: len(_OWN_KEYS)] != _NO_OWN_KEYS:
         kept = {k: v for k, v in msgspec.json.decode(body, type=dict[str, msgspec.Raw]).items() if k not in _OWN_KEYS}
         body = msgspec.json.encode(kept)
     return body.lstrip()[1:]

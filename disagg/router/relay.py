@@ -222,7 +222,7 @@ class Relay:
         if second is None:
             return
         body = (self._keys(attempt, job), job.rest)
-        path = job.request.route.value
+        path = job.request.path
         requests = (prefill.request(path, *body) if prefill is not None else b"", decode.request(path, *body))
         if attempt.choice.prefill is not None:
             self.in_flight.start(attempt.choice.prefill.slot)
@@ -231,18 +231,28 @@ class Relay:
 
     def _keys(self, attempt: Attempt, job: Job) -> bytes:
         """The router's keys with the opening brace and the comma before the client's fields."""
-        prompts = job.request.prompts
-        keys: dict[str, Any] = {"rid": attempt.rids[0] if prompts is None else attempt.rids}
         prefill = attempt.choice.prefill
-        if prefill is not None:
-            host = f"[{prefill.address.host}]" if ":" in prefill.address.host else prefill.address.host
-            port, room = prefill.address.bootstrap_port, self._random_room
-            if prompts is None:
-                keys |= {"bootstrap_host": host, "bootstrap_port": port, "bootstrap_room": room()}
-            else:
-                rooms = [room() for _ in range(prompts)]
-                keys |= {"bootstrap_host": [host] * prompts, "bootstrap_port": [port] * prompts, "bootstrap_room": rooms}
+        if job.request.prompts is not None:
+            return key_prefix(self._key_lists(attempt, job.request.prompts), job.rest)
+        if prefill is None:
+            return key_prefix({"rid": attempt.rids[0]}, job.rest)
+        address, room = prefill.address, self._random_room()
+        keys = {
+            "bootstrap_host": address.url_host,
+            "bootstrap_port": address.bootstrap_port,
+            "bootstrap_room": room,
+            "rid": attempt.rids[0],
+        }
         return key_prefix(keys, job.rest)
+
+    def _key_lists(self, attempt: Attempt, prompts: int) -> dict[str, Any]:
+        keys: dict[str, Any] = {"rid": attempt.rids}
+        if attempt.choice.prefill is not None:
+            address = attempt.choice.prefill.address
+            keys["bootstrap_host"] = [address.url_host] * prompts
+            keys["bootstrap_port"] = [address.bootstrap_port] * prompts
+            keys["bootstrap_room"] = [self._random_room() for _ in range(prompts)]
+        return keys
 
     async def _connect(
         self, attempt: Attempt, first: UpstreamConnection | None, second: UpstreamConnection | None, tried: list[EngineId]
@@ -309,7 +319,7 @@ class Relay:
     def settled(self, attempt: Attempt) -> None:
         """No engine works for this attempt any more."""
         self._live.discard(attempt)
-        self.metrics.handoffs[attempt.handoff.state.value] += 1
+        self.metrics.handoffs[attempt.handoff.state] += 1
 
     def abort_rids(self, upstream: Upstream, rids: Sequence[str]) -> None:
         """Posts an abort for each rid, over idle connections where there are any."""

@@ -573,7 +573,6 @@ def test_a_good_stream_ends_the_leg_once() -> None:
     assert live.reader.got == chunked(*EVENTS)
 
 
-@pytest.mark.xfail(strict=True, reason="legs.py: fail() is called for each chunk of a wrong answer, so the engine's count goes negative")
 def test_a_wrong_answer_in_several_chunks_ends_the_leg_once() -> None:
     live = Live(lambda attempt, client: StreamLeg(attempt, client, journal(), 1))
     live.connection.data_received(OK + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(b"{}", b"{}", b"{}"))
@@ -595,7 +594,6 @@ def test_events_that_come_after_the_client_left_do_no_harm() -> None:
     assert (live.state, live.books.ended, live.books.is_settled) == (State.ABORTED, [0], True)
 
 
-@pytest.mark.xfail(strict=True, reason="attempt.py: `finished` stays False when the client left, so StreamLeg still starts to answer it")
 def test_a_relayed_stream_that_comes_after_the_client_left_is_dropped() -> None:
     live = Live(lambda attempt, client: StreamLeg(attempt, client, journal(), 1))
     live.attempt.client_left()
@@ -605,9 +603,6 @@ def test_a_relayed_stream_that_comes_after_the_client_left_is_dropped() -> None:
 
 
 @pytest.mark.parametrize("status", [201, 204, 302, 304])
-@pytest.mark.xfail(
-    strict=True, reason="attempt.py: refusal() passes on statuses that are no errors; a client would get a 204 or 302 with a body"
-)
 def test_an_engine_that_answers_neither_200_nor_an_error_is_a_502(status: int) -> None:
     error = refusal(None, status, b"")
     assert error is not None
@@ -615,7 +610,6 @@ def test_an_engine_that_answers_neither_200_nor_an_error_is_a_502(status: int) -
 
 
 @pytest.mark.parametrize("status", [401, 403])
-@pytest.mark.xfail(strict=True, reason="attempt.py: an engine that does not know the router's key is not the client's fault")
 def test_an_engine_that_refuses_the_routers_key_is_a_502(status: int) -> None:
     error = refusal(None, status, b"")
     assert error is not None
