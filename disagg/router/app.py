@@ -7,7 +7,6 @@ of a token. `handler_cancellation` is on, so that a client that leaves cancels i
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
@@ -20,7 +19,7 @@ from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
 
 from disagg.errors import BodyTooLargeError, ClientGoneError, DisaggError, NoCapacityError, RequestError
-from disagg.ids import Ids, engine_rid
+from disagg.ids import Ids
 from disagg.model import ClusterView
 from disagg.observe.metrics import RouterMetrics
 from disagg.router.attempt import Attempt
@@ -135,22 +134,13 @@ class PublicListener:
         record.model = request.model
         relay = self._relay
         bodies = sample_bodies(request) if request.samples > 1 and relay.may_pair(request) else [request.rest]
-        jobs = self._jobs(request, bodies, record, deadline_at)
+        jobs = [Job(request, body, sample, deadline_at, record) for sample, body in enumerate(bodies)]
         if len(bodies) > 1 or request.merge_logprobs:
             await Composition(relay, request, client, jobs).answer()
         elif request.stream:
             await self._serve_stream(request, jobs[0], client)
         else:
             await self._serve_whole(jobs[0], client)
-
-    def _jobs(self, request: ClientRequest, bodies: list[bytes], record: Record, deadline_at: float | None) -> list[Job]:
-        serial = itertools.count().__next__
-        count = 1 if request.prompts is None else request.prompts
-
-        def rids() -> list[str]:
-            return [engine_rid(record.request_id, serial()) for _ in range(count)]
-
-        return [Job(request, body, rids, deadline_at, record) for body in bodies]
 
     async def _serve_stream(self, request: ClientRequest, job: Job, client: Client) -> None:
         journals: list[Journal] = []

@@ -12,12 +12,13 @@ from typing import Any
 
 from disagg.errors import ClientGoneError, EngineError
 from disagg.handoff import DecodeFailed, Handoff, Limits, PrefillFailed
+from disagg.ids import engine_rid
 from disagg.model import Choice, ClusterView, EngineId
 from disagg.observe.metrics import RouterMetrics
 from disagg.policy.route import InFlight, choose, pool_of
 from disagg.router.attempt import Attempt, DecodeLeg
 from disagg.router.client import Client
-from disagg.router.openai import ClientRequest, key_prefix
+from disagg.router.openai import MAX_SAMPLES, ClientRequest, key_prefix
 from disagg.router.upstream import Upstream, UpstreamConnection
 
 SWEEP_S = 0.1
@@ -53,7 +54,7 @@ class Job:
 
     Args:
         rest: the body without its opening brace.
-        rids: mints the engine-side ids of an attempt, one for each prompt.
+        sample: which of the request's samples this is.
         deadline_at: when the client's patience ends; None without a limit.
         record: where its attempts are noted.
 
@@ -61,17 +62,21 @@ class Job:
         attempts: how many were made so far.
     """
 
-    __slots__ = ("attempts", "deadline_at", "record", "request", "rest", "rids")
+    __slots__ = ("attempts", "deadline_at", "record", "request", "rest", "sample")
 
-    def __init__(
-        self, request: ClientRequest, rest: bytes, rids: Callable[[], list[str]], deadline_at: float | None, record: Record
-    ) -> None:
+    def __init__(self, request: ClientRequest, rest: bytes, sample: int, deadline_at: float | None, record: Record) -> None:
         self.request = request
         self.rest = rest
-        self.rids = rids
+        self.sample = sample
         self.deadline_at = deadline_at
         self.record = record
         self.attempts = 0
+
+    def rids(self) -> list[str]:
+        """The engine-side ids of the next attempt, one for each prompt; no two attempts or samples of a request share one."""
+        prompts = self.request.prompts or 1
+        first = (self.attempts * MAX_SAMPLES + self.sample) * prompts
+        return [engine_rid(self.record.request_id, first + i) for i in range(prompts)]
 
 
 class Relay:
