@@ -297,6 +297,7 @@ def test_a_sentence_names_file_line_key_value_and_what_is_allowed(text: str, sen
 
 
 def test_the_line_is_that_of_the_right_section() -> None:
+    assert wrong("[observe]\nhttp = 1\n[router]\nhttp = 1").startswith("disagg.toml:4: router.http = 1 ")
     assert wrong('# http = 1\n[engine]\n[observe]\nlog_format = "text"\n[router]\nhttp = 1').startswith("disagg.toml:6: router.http = 1 ")
 
 

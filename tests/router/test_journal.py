@@ -124,6 +124,8 @@ def test_a_journal_folds_by_itself(count: int) -> None:
 def test_large_reads_are_folded_at_once() -> None:
     made, _ = fed(CHAT, [encode_event(value(CHAT, "x" * FOLD_BYTES, ""))])
     assert "unfolded=0 " in repr(made)
+    made.add(encode_event(value(CHAT, "y", "")), 9.0)
+    assert "unfolded=1 " in repr(made), "and small ones wait again"
 
 
 def test_gaps_are_shared_by_the_events_of_a_read() -> None:

@@ -310,6 +310,10 @@ def test_unframe_undoes_frame(parts: list[bytes]) -> None:
     assert list(unframe(b"".join(map(frame, parts)))) == parts
 
 
+def test_nothing_of_a_broken_chunk_is_passed_on() -> None:
+    assert Exchange().feed(BROKEN["a chunk that is longer than it says"]).ear.heard == ["head", "broken"]
+
+
 # --- ends
 
 
@@ -485,6 +489,19 @@ async def test_an_engine_that_closes_at_once_leaves_nothing_behind() -> None:
         ear = Ear()
         connection.send(ear, b"request")
         await until(lambda: ear.heard == ["broken"])
+
+
+async def test_a_connection_that_is_lost_while_it_is_made_is_not_counted_as_open() -> None:
+    class Hasty(Soon):
+        async def create_connection(self, factory: Callable[[], UpstreamConnection], *_: Any) -> tuple[Wire, UpstreamConnection]:
+            connection = factory()
+            connection.connection_made(cast("asyncio.Transport", Wire()))
+            connection.connection_lost(None)
+            return Wire(), connection
+
+    upstream = Upstream(ADDRESS, cast("asyncio.AbstractEventLoop", Hasty()), Clock())
+    assert (await upstream.connect(5.0)).closed
+    assert repr(upstream) == "<Upstream decode-0 open=0 idle=0>"
 
 
 async def test_a_refused_connection_is_an_engine_error_that_names_the_engine() -> None:
