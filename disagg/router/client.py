@@ -53,7 +53,7 @@ class Client:
         chunked: HTTP/1.1 clients get chunks; older ones get a body that ends with the connection.
     """
 
-    __slots__ = ("_client_id", "_keep", "_protocol", "_transport", "_writer", "chunked", "request_id", "started")
+    __slots__ = ("_client_id", "_is_closing", "_keep", "_protocol", "_transport", "_write", "_writer", "chunked", "request_id", "started")
 
     def __init__(self, request: web.BaseRequest, request_id: str) -> None:
         transport = request.transport
@@ -66,15 +66,16 @@ class Client:
         if transport is None:
             raise ConnectionResetError("the client left before its request was handled")
         self._transport = transport
+        self._write = transport.write
+        self._is_closing = transport.is_closing
         self._client_id = request.headers.get("x-request-id")
 
     # --- writing
 
     def write(self, data: bytes) -> bool:
         """Writes bytes as they are; returns False when the client reads too slowly and `drain` should be awaited."""
-        transport = self._transport
-        if not transport.is_closing():
-            transport.write(data)
+        if not self._is_closing():
+            self._write(data)
         return not self._protocol.writing_paused
 
     def start_stream(self, choice: Choice, attempt: int, first: bytes) -> bool:

@@ -20,8 +20,8 @@ _TAIL = 64  # enough for `[DONE]` in its HTTP chunk
 TEXT_LIMIT = 256 * 1024
 
 # Inside a JSON string a quote is escaped, so these cannot match within model text. They find the one text field of a stream's chunk.
-_CHAT_TEXT = re.compile(rb'"content":\s?"((?:[^"\\]|\\.)+)"')
-_COMPLETION_TEXT = re.compile(rb'"text":\s?"((?:[^"\\]|\\.)+)"')
+_CHAT_TEXT = re.compile(rb'"content":\s?"([^"\\]*(?:\\.[^"\\]*)*)"')
+_COMPLETION_TEXT = re.compile(rb'"text":\s?"([^"\\]*(?:\\.[^"\\]*)*)"')
 
 GapSink = Callable[[float, int], None]
 
@@ -67,30 +67,37 @@ class Journal:
 
     def add(self, raw: bytes, now: float) -> None:
         """Notes whole events as they were read, HTTP chunk framing included."""
-        self._reads.append(raw)
+        reads = self._reads
+        reads.append(raw)
         self._times.append(now)
         self._unfolded += len(raw)
-        if self._unfolded >= FOLD_BYTES or len(self._reads) >= FOLD_EVERY:
+        if len(reads) >= FOLD_EVERY or self._unfolded >= FOLD_BYTES:
             self.fold()
 
     def fold(self) -> None:
         """Turns raw reads into counts, text and gaps."""
         if not self._reads:
             return
-        for raw, at in zip(self._reads, self._times, strict=True):
-            count = raw.count(b"\n\n")
-            self.events += count
-            if self._previous_at and count:
-                self._on_gap((at - self._previous_at) / count, count)
-            elif count > 1:
-                self._on_gap(0.0, count - 1)  # the first of them was waited for: that is TTFT
-            self._previous_at = at
+        self._fold_gaps()
         self._last = self._reads[-1][-_TAIL:]
         if not self.overflowed:
             self._fold_text(b"".join(self._reads))
         self._reads.clear()
         self._times.clear()
         self._unfolded = 0
+
+    def _fold_gaps(self) -> None:
+        previous, events = self._previous_at, 0
+        for raw, at in zip(self._reads, self._times, strict=True):
+            count = raw.count(b"\n\n")
+            events += count
+            if previous and count:
+                self._on_gap((at - previous) / count, count)
+            elif count > 1:
+                self._on_gap(0.0, count - 1)  # the first of them was waited for: that is TTFT
+            previous = at
+        self._previous_at = previous
+        self.events += events
 
     def _fold_text(self, joined: bytes) -> None:
         if self._route is Route.GENERATE:

@@ -9,7 +9,7 @@ from disagg.handoff import DecodeFailed, DecodeFinished
 from disagg.router.attempt import ANSWER_LIMIT, Attempt, DecodeLeg
 from disagg.router.client import Client
 from disagg.router.journal import Journal
-from disagg.router.openai import DONE_EVENT, may_hold_failure, split_failure
+from disagg.router.openai import DONE_EVENT, FAILURES, may_hold_failure, split_failure
 from disagg.router.upstream import unframe
 
 _BUFFERED_EVENTS = 256
@@ -23,7 +23,7 @@ class StreamLeg(DecodeLeg):
     by a chunk, an error event, a client without chunks) takes the careful way, which frames anew.
     """
 
-    __slots__ = ("_client", "_now", "_number", "_partial", "journal")
+    __slots__ = ("_careful", "_client", "_now", "_number", "_partial", "journal")
 
     def __init__(self, attempt: Attempt, client: Client, journal: Journal, number: int) -> None:
         super().__init__(attempt)
@@ -32,15 +32,29 @@ class StreamLeg(DecodeLeg):
         self._number = number
         self._partial = b""
         self._now = attempt.owner.clock
+        self._careful = True
 
     def frames(self, raw: bytes, aligned: bool) -> None:
         """Whole HTTP chunks: the hot path."""
-        if not aligned or self._partial or self.status != 200 or not self._client.chunked or may_hold_failure(raw):
+        if not aligned or self._careful or FAILURES[0] in raw or FAILURES[1] in raw:
             self._careful_frames(raw)
             return
-        self._pass(raw)
+        attempt, client = self.attempt, self._client
+        if not client.started or attempt.finished:
+            self._pass(raw)
+            return
+        now = attempt.last_read_at = self._now()
+        self.journal.add(raw, now)
+        if not client.write(raw):
+            attempt.pause()
+
+    def head(self, status: int, *, is_stream: bool) -> None:
+        """The response head arrived."""
+        super().head(status, is_stream=is_stream)
+        self._careful = status != 200 or not is_stream or not self._client.chunked
 
     def _pass(self, raw: bytes) -> None:
+        """Passes on whole events that are framed for this client."""
         attempt = self.attempt
         if attempt.finished:
             return
@@ -69,6 +83,7 @@ class StreamLeg(DecodeLeg):
         if len(self._partial) > _PARTIAL_LIMIT:
             self.fail(EngineError(f"the engine {self.attempt.choice.decode.id} sent an event without an end"))
             return
+        self._careful = bool(self._partial) or not self._client.chunked
         good, error = split_failure(whole)
         if good:
             self._pass(self._client.frame(good))

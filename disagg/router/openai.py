@@ -317,12 +317,12 @@ def _engine_error(error: EngineRefusedError) -> dict[str, Any] | None:
 
 # What an engine puts into a stream when it fails: an error object, or on SGLang's native route an answer that was aborted. Inside of JSON
 # strings quotes are escaped, so model text cannot look like either.
-_FAILURES = (b'data: {"error"', b'"type":"abort"')
+FAILURES = (b'data: {"error"', b'"type":"abort"')
 
 
 def may_hold_failure(events: bytes) -> bool:
     """A quick look whether an event may report a failure; `split_failure` says for certain."""
-    return _FAILURES[0] in events or _FAILURES[1] in events
+    return FAILURES[0] in events or FAILURES[1] in events
 
 
 def split_failure(events: bytes) -> tuple[bytes, EngineRefusedError | None]:
