@@ -39,7 +39,7 @@ PROBE_HOST = "2.2.2.2"
 """SGLang's bootstrap host of a health probe: such a request is served by this engine alone."""
 TICK_S = 0.1
 FLUSH_S = 0.02
-"""How long a fault at a token waits so that the tokens before it are on the wire."""
+"""How long dying at a token waits, so that the tokens before it are on the wire."""
 
 
 class Settings(NamedTuple):
@@ -596,10 +596,16 @@ class Engine:
     # --- faults ---
 
     async def _strike_before(self, rows: Sequence[Row]) -> None:
-        for name in ("die", "hang"):
-            if any(self.faults.strikes(name, "token", row.job.made) for row in rows if row.job.phase is Phase.DECODING):
+        """Faults at a token: the step that would make one more is not computed."""
+        for row in rows:
+            if row.job.phase is not Phase.DECODING:
+                continue
+            if self.faults.strikes("hang", "token", row.job.made):
+                self.hung = True
+                await asyncio.get_running_loop().create_future()
+            if self.faults.strikes("die", "token", row.job.made):
                 await asyncio.sleep(FLUSH_S)
-                await self._strike(name)
+                die()
 
     def _strike_after(self, rows: Sequence[Row]) -> None:
         for row in rows:
@@ -608,12 +614,6 @@ class Engine:
                 die()
             if row.job.made == 0 and self.faults.strikes("hang", "prefill", percent):
                 self.hung = True
-
-    async def _strike(self, name: str) -> None:
-        if name == "die":
-            die()
-        self.hung = True
-        await asyncio.get_running_loop().create_future()
 
     def __repr__(self) -> str:
         return f"<Engine {self.settings.role}, {len(self._links)} links in, {len(self._receivers)} out, {self.scheduler!r}>"

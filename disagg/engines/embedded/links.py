@@ -171,6 +171,7 @@ class SendLink(asyncio.BufferedProtocol):
         self._first_write: float | None = None
         self._corrupted = False
         self._late: asyncio.TimerHandle | None = None
+        self._late_cancel: Frame | None = None
 
     # --- asyncio calls these ---
 
@@ -276,15 +277,17 @@ class SendLink(asyncio.BufferedProtocol):
             self._do([Send(frame(Kind.STOPPED)), Close()])
 
     def _write_late(self, cancel: Frame) -> None:
-        """The fault ``late-write``: deaf to CANCEL for a while, write every page again, only then say STOPPED."""
-        loop = asyncio.get_running_loop()
-        self._late = loop.call_later(LATE_WRITE_S, self._stop_late, cancel)
+        """The fault ``late-write``: deaf to CANCEL for a while."""
+        self._late_cancel = cancel
+        self._late = asyncio.get_running_loop().call_later(LATE_WRITE_S, self.stop_late)
 
-    def _stop_late(self, cancel: Frame) -> None:
-        machine, transport = self.machine, self._transport
-        self._late = None
-        if machine is None or transport is None:
+    def stop_late(self) -> None:
+        """The end of ``late-write``: write every page again, and only then say STOPPED."""
+        machine, transport, cancel = self.machine, self._transport, self._late_cancel
+        if self._late is None or machine is None or transport is None or cancel is None:
             return
+        self._late.cancel()
+        self._late = None
         for position, own in enumerate(machine.pushed):
             content = machine.page_bytes(own)
             transport.write(page_header(machine.hello.pages[position], position, content))
