@@ -8,6 +8,7 @@ DisaggError                  exit 1, HTTP 500
 │   ├── BodyTooLargeError    HTTP 413
 │   └── ClientGoneError      HTTP 499            nobody is left to read the answer (logs and metrics only)
 ├── NoCapacityError          HTTP 503            no engine can take it now; carries Retry-After
+├── DeadlineError            HTTP 504            the request's own deadline passed; nobody's fault
 └── EngineError              HTTP 502            an engine broke its promise: refused, closed, garbage
     ├── EngineRefusedError   its own status      the engine answered with an error of its own
     └── EngineTimeoutError   HTTP 504            it was silent for longer than this phase allows
@@ -91,6 +92,13 @@ class NoCapacityError(DisaggError):
     def __init__(self, sentence: str, *, retry_after_s: int = 1) -> None:
         super().__init__(sentence)
         self.retry_after_s = max(1, retry_after_s)
+
+
+class DeadlineError(DisaggError):
+    """The time that the client gave (``x-disagg-deadline-ms``) is over. Never counts against an engine."""
+
+    status = 504
+    kind = "deadline_exceeded"
 
 
 class EngineError(DisaggError):

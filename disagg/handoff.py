@@ -28,7 +28,7 @@ from typing import Any
 
 import msgspec
 
-from disagg.errors import ClientGoneError, DisaggError, EngineError, EngineTimeoutError
+from disagg.errors import ClientGoneError, DeadlineError, DisaggError, EngineError, EngineTimeoutError
 
 ABORT_REPEAT_S = 0.25
 CLOSE_AFTER_S = 1.0
@@ -304,7 +304,7 @@ class Handoff:
             self._wait_until(event.last_read_at + self._limits.between_tokens_s)
         if self._until is None or now < self._until:
             return []
-        return self._fail(EngineTimeoutError(self._why_late(now)), now)
+        return self._fail(self._why_late(now), now)
 
     def _tick_final(self, _event: Any, now: float) -> list[Command]:
         if self.settled or now < self._abort_at:
@@ -316,14 +316,15 @@ class Handoff:
 
     # --- what moves share
 
-    def _why_late(self, now: float) -> str:
+    def _why_late(self, now: float) -> DisaggError:
         if self._deadline_at is not None and now >= self._deadline_at:
-            return f"the request's own deadline passed while {self.state}"
+            return DeadlineError(f"the request's own deadline passed while {self.state}")
         if self.state is State.BOOTSTRAPPING:
-            return f"the engines could not be connected within {self._limits.connect_s:g} s"
+            return EngineTimeoutError(f"the engines could not be connected within {self._limits.connect_s:g} s")
         if self.state is State.DECODING:
-            return f"the decode engine sent nothing for {self._limits.between_tokens_s:g} s in the middle of its answer"
-        return f"no answer began within {self._limits.first_token_s:g} s"
+            why = f"the decode engine sent nothing for {self._limits.between_tokens_s:g} s in the middle of its answer"
+            return EngineTimeoutError(why)
+        return EngineTimeoutError(f"no answer began within {self._limits.first_token_s:g} s")
 
     def _fail(self, error: DisaggError, now: float) -> list[Command]:
         self.state = State.FAILED

@@ -44,6 +44,13 @@ def chosen(pool: Pool, in_flight: InFlight, exclude: Iterable[str] = ()) -> tupl
     return (choice.prefill.id if choice.prefill else None), choice.decode.id
 
 
+def test_a_request_that_a_pair_must_not_see_goes_to_a_unified_engine_however_loaded() -> None:
+    choice = choose(pool(P, D, U), loads(0, 0, 9), unified_only=True)
+    assert (choice.prefill, choice.decode.id) == (None, "unified-2")
+    with pytest.raises(NoCapacityError):
+        choose(pool(P, D), loads(0, 0), unified_only=True)
+
+
 # --- which pool
 
 

@@ -13,6 +13,8 @@ import structlog
 from disagg.cluster.detector import Answered, EngineDetector, Event, Exited, Probe, Refused, Tick, TimedOut
 from disagg.model import ClusterView, EngineAddress, EngineFacts, EngineId, EngineLoad, EngineState
 
+FACTS_FOR_S = 10.0  # an engine that was restarted between two probes may serve another model: it is asked again now and then
+
 
 class Controller:
     """Watches a fixed set of engines.
@@ -43,6 +45,7 @@ class Controller:
         }
         self._pokes = {a.id: asyncio.Event() for a in addresses}
         self._changed = asyncio.Condition()
+        self._facts_until: dict[EngineId, float] = {}
         self.view = ClusterView.of(d.view for d in self._detectors.values())
 
     async def run(self) -> None:
@@ -84,7 +87,14 @@ class Controller:
             poke.clear()
             for command in detector.handle(Tick(), now=self._loop.time()):
                 if isinstance(command, Probe):
-                    await self._feed(detector, await self._probe(detector.view.address, session))
+                    await self._look(detector, session)
+
+    async def _look(self, detector: EngineDetector, session: aiohttp.ClientSession) -> None:
+        before = detector.view.state
+        event = await self._probe(detector.view.address, session)
+        if detector.view.state is EngineState.DEAD and before is not EngineState.DEAD:
+            return  # its process ended while the probe was under way: what it said is the past
+        await self._feed(detector, event)
 
     async def _feed(self, detector: EngineDetector, event: Event) -> None:
         before = detector.view
@@ -101,8 +111,8 @@ class Controller:
     async def _probe(self, address: EngineAddress, session: aiohttp.ClientSession) -> Event:
         try:
             known = self._detectors[address.id].view
-            ready = known.state is EngineState.READY
-            facts, mode = (known.facts, "") if ready else await self._facts(address, session)
+            fresh = known.state is EngineState.READY and self._loop.time() < self._facts_until.get(address.id, 0.0)
+            facts, mode = (known.facts, "") if fresh else await self._facts(address, session)
             loads = await self._get(address, session, "/v1/loads?include=core,disagg,queues,memory")
             return Answered(facts, _load(loads), mode)
         except aiohttp.ClientConnectorError:
@@ -115,6 +125,7 @@ class Controller:
     async def _facts(self, address: EngineAddress, session: aiohttp.ClientSession) -> tuple[EngineFacts, str]:
         models = await self._get(address, session, "/v1/models")
         info = await self._get(address, session, "/server_info")
+        self._facts_until[address.id] = self._loop.time() + FACTS_FOR_S
         return _facts(models, info)
 
     async def _get(self, address: EngineAddress, session: aiohttp.ClientSession, path: str) -> dict[str, Any]:

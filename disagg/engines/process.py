@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -92,10 +93,8 @@ class EngineProcess:
 
     def _signal(self, number: signal.Signals) -> None:
         if self.process.returncode is None:
-            try:
+            with contextlib.suppress(ProcessLookupError):  # it ended a moment ago
                 self.process.send_signal(number)
-            except ProcessLookupError:
-                pass  # it ended a moment ago
 
     def __repr__(self) -> str:
         return f"<EngineProcess {self.launch.id} pid={self.process.pid} code={self.process.returncode}>"

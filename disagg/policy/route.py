@@ -63,21 +63,27 @@ def pool_of(view: ClusterView, model: str) -> Pool:
     raise NoCapacityError(view.why_not_ready() or f"no pair of engines is ready for the model {model[:80]!r}", retry_after_s=2)
 
 
-def choose(pool: Pool, in_flight: InFlight, *, exclude: Collection[EngineId] = ()) -> Choice:
+def choose(pool: Pool, in_flight: InFlight, *, exclude: Collection[EngineId] = (), unified_only: bool = False) -> Choice:
     """Picks the least loaded pair, or a unified engine where that is less loaded than the pair's decode engine.
 
     Load is the number of legs that this router has in flight. Ties go to the engine that was used least so far, then to the lower slot.
+
+    Args:
+        pool: the ready engines of the model.
+        in_flight: the router's counts.
+        exclude: engines that were tried already.
+        unified_only: for a request that a pair must never see, as one with ``n > 1``.
 
     Raises:
         NoCapacityError: every engine that could do it was tried already.
     """
     unified = _least(pool.unified, in_flight, exclude)
-    prefill = _least(pool.prefill, in_flight, exclude)
+    prefill = None if unified_only else _least(pool.prefill, in_flight, exclude)
     decode = _least(pool.decode, in_flight, exclude)
     if prefill is None or decode is None:
         if unified is None:
             raise NoCapacityError("every engine that could serve this failed to take it; try again", retry_after_s=1)
-        return Choice(None, unified, f"no pair is ready; {unified.id} has the fewest requests of the unified engines")
+        return Choice(None, unified, f"no pair can take it; {unified.id} has the fewest requests of the unified engines")
     counts = in_flight.now
     if unified is not None and counts[unified.slot] < counts[decode.slot]:
         return Choice(None, unified, f"{unified.id} has {counts[unified.slot]} in flight, {decode.id} {counts[decode.slot]}")

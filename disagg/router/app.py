@@ -18,7 +18,7 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
 
-from disagg.errors import BodyTooLargeError, ClientGoneError, DisaggError, NoCapacityError, RequestError
+from disagg.errors import BodyTooLargeError, ClientGoneError, DeadlineError, DisaggError, NoCapacityError, RequestError
 from disagg.ids import Ids
 from disagg.model import ClusterView
 from disagg.observe.metrics import RouterMetrics
@@ -203,7 +203,7 @@ class PublicListener:
         record.error = str(error)
         if isinstance(error, NoCapacityError):
             self._metrics.shed["draining" if self.draining else "no_engine"] += 1
-        if record.outcome not in {"client_error", "client_gone"}:
+        if record.outcome not in {"client_error", "client_gone", "deadline"}:
             self._log.warning("request failed", request=client.request_id, outcome=record.outcome, error=str(error))
         if isinstance(error, ClientGoneError):
             client.must_close()
@@ -270,6 +270,8 @@ def _outcome(error: DisaggError) -> str:
         return "client_gone"
     if isinstance(error, NoCapacityError):
         return "no_capacity"
+    if isinstance(error, DeadlineError):
+        return "deadline"
     if 400 <= error.status < 500:
         return "client_error"
     return "engine_error" if error.kind == "engine_error" else "internal_error"

@@ -15,7 +15,7 @@ import msgspec
 from disagg.router.openai import DONE_EVENT, Route
 
 FOLD_EVERY = 32
-FOLD_BYTES = 16 * 1024  # a flooded stream is read in large pieces: its journal must not keep 32 of them
+FOLD_BYTES = 8 * 1024  # a flooded stream is read in large pieces: its journal must not keep 32 of them
 _TAIL = 64  # enough for `[DONE]` in its HTTP chunk
 TEXT_LIMIT = 256 * 1024
 

@@ -72,6 +72,11 @@ class Job:
         self.record = record
         self.attempts = 0
 
+    @property
+    def holds_samples(self) -> bool:
+        """True when the body still asks for several samples: it was not split, because only unified engines were there."""
+        return self.request.samples > 1 and self.rest is self.request.rest
+
     def rids(self) -> list[str]:
         """The engine-side ids of the next attempt, one for each prompt; no two attempts or samples of a request share one."""
         prompts = self.request.prompts or 1
@@ -201,7 +206,7 @@ class Relay:
     def _new_attempt(self, job: Job, tried: Sequence[EngineId]) -> Attempt:
         view = self._view()
         self.in_flight.grow(len(view.engines))
-        choice = choose(pool_of(view, job.request.model), self.in_flight, exclude=tried)
+        choice = choose(pool_of(view, job.request.model), self.in_flight, exclude=tried, unified_only=job.holds_samples)
         handoff = Handoff(paired=choice.prefill is not None, limits=self._limits, deadline_at=job.deadline_at)
         prefill = self._upstream(choice.prefill) if choice.prefill is not None else None
         attempt = Attempt(self, choice, job.rids(), handoff, prefill, self._upstream(choice.decode))

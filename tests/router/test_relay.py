@@ -381,6 +381,13 @@ async def test_the_clients_own_deadline_counts(rig: Rig) -> None:
     await idle(rig)
 
 
+async def test_a_deadline_is_counted_as_such_and_not_against_an_engine(rig: Rig) -> None:
+    rig.prefill.behave = rig.decode.behave = forever
+    async with await rig.post(CHAT, headers={"x-disagg-deadline-ms": "100"}) as response:
+        assert (await response.json())["error"]["type"] == "deadline_exceeded"
+    assert 'outcome="deadline"' in rig.metrics()
+
+
 # --- a client leaves
 
 
