@@ -144,6 +144,8 @@ def trio() -> Iterator[Trio]:
     launched = [launch_engine(role, faults="none", extra_args=LIMITS) for role in ("unified", "prefill", "decode")]
     with running_engines(*launched) as (unified, prefill, decode):
         yield Trio(unified, prefill, decode)
+        for engine in (unified, prefill, decode):
+            assert "Traceback" not in engine.log
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import random
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -351,6 +352,39 @@ async def test_a_client_that_leaves_frees_its_pages(client: Client, trio: Trio) 
                 assert time.monotonic() - began < 1.0
     finally:
         await client.faults(trio.unified, "none")
+
+
+async def test_random_aborts_and_disconnects_leave_nothing_behind(client: Client, trio: Trio) -> None:
+    """Whatever a client saw of an answer is a beginning of the right one."""
+    chance = random.Random(5)
+    prompts = [some_prompt(length, 21) for length in (1, 40, 700, 1500)]
+    right = [(await client.post(trio.unified, "/generate", greedy(prompt, 16))).ids for prompt in prompts]
+    places = asyncio.Semaphore(16)
+
+    async def one(number: int) -> None:
+        which, rid = chance.randrange(len(prompts)), f"walk {number}"
+        body = {**greedy(prompts[which], 16, rid=rid), **room_at(trio.prefill)}
+        end, after_s, leaving = chance.choice(("none", "abort", "leave")), chance.random() / 2, chance.choice((1, 2))
+        async with places, asyncio.TaskGroup() as tasks:
+            legs = [tasks.create_task(client.post(leg, "/generate", body)) for leg in trio[1:]]
+            if end != "none":
+                await asyncio.wait(legs, timeout=after_s)
+            if end == "abort":
+                for leg in trio[1:]:
+                    await client.post(leg, "/abort_request", {"rid": rid})
+            if end == "leave":
+                for task in legs[-leaving:]:
+                    task.cancel()
+        if legs[1].cancelled() or legs[1].result().status != 200:
+            assert end != "none"
+            return
+        ids = legs[1].result().ids
+        assert ids == right[which] if end == "none" else right[which][: len(ids)] == ids
+
+    async with asyncio.TaskGroup() as tasks:
+        for number in range(80):
+            tasks.create_task(one(number), name=f"walk {number}")
+    await client.wait_free(*trio)
 
 
 async def test_an_api_key_is_demanded_and_never_logged(client: Client) -> None:

@@ -104,6 +104,8 @@ class Server:
             return _refusal(request, str(error), error.status)
         except web.HTTPException as error:
             return _refusal(request, error.reason, error.status)
+        except ConnectionError:
+            return web.Response()  # the client has left between two events; nobody reads this
         except Exception as error:  # the last line of defence of a request; the traceback names no prompt
             log.exception("%s failed", request.path)
             return _refusal(request, f"the engine failed ({type(error).__name__})", 500)
