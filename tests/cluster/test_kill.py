@@ -15,6 +15,8 @@ import pytest
 from tests.cluster.conftest import Cluster, holds_nothing, load_of, running_cluster
 from tests.cluster.prompts import prompt_ids
 
+pytestmark = pytest.mark.slow
+
 BOUND_S = 2.0
 # Steps that last as long as a big model's, so that each phase can be met: 40 ms a step, and 0.2 ms a prompt token.
 PACED = ("--engine-arg=--paced", "--engine-arg=40,0.2;40,0")
