@@ -32,6 +32,15 @@ def test_encode_and_back(byte_level: Tokenizer, text: str) -> None:
     assert byte_level.decode(byte_level.encode(text)) == text
 
 
+def test_text_that_cannot_fit_is_refused_by_its_length_and_text_that_can_is_not(byte_level_folder: Path) -> None:
+    tokenizer = Tokenizer.load(byte_level_folder)
+    tokenizer.refuse_beyond(100)
+    longest = max(map(len, tokenizer._core.get_vocab()))
+    assert tokenizer.encode("a" * 100 * longest)
+    with pytest.raises(RequestError, match="too long"):
+        tokenizer.encode("a" * (100 * longest + 1))
+
+
 def test_special_tokens_are_added_only_when_wanted(byte_level: Tokenizer) -> None:
     bare = byte_level.encode("hello", add_special_tokens=False)
     assert byte_level.encode("hello") == [0, *bare]

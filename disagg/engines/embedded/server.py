@@ -61,6 +61,7 @@ class Server:
         self._face = face
         self._created = int(datetime.now(UTC).timestamp())
         self._bounds = shapes.Bounds(engine.settings.context_length, engine.config.vocab_size)
+        engine.tokenizer.refuse_beyond(engine.settings.context_length)
         self._probes = 0
         self._steps_seen = (-1, 0.0)
 

@@ -36,6 +36,7 @@ class Tokenizer:
         self.byte_level = decoder == "ByteLevel"
         self.eos_id: int | None = core.token_to_id(settings.special_tokens.get("eos_token", ""))
         self._bytes: dict[int, bytes] = {}
+        self._longest_text: int | None = None
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -67,6 +68,11 @@ class Tokenizer:
         """Whether ``render_chat`` can work."""
         return bool(self._settings.templates)
 
+    def refuse_beyond(self, tokens: int) -> None:
+        """From now on refuse text that cannot fit into so many tokens, by its length alone: 16 MB of text cost gigabytes to tokenize."""
+        longest = max(map(len, self._core.get_vocab(with_added_tokens=True)))
+        self._longest_text = tokens * longest
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Special tokens written out in the text become their ids, as in transformers.
 
@@ -76,8 +82,13 @@ class Tokenizer:
                 text that a chat template has rendered.
 
         Raises:
-            RequestError: the text holds half of a surrogate pair and is no Unicode text.
+            RequestError: the text holds half of a surrogate pair and is no Unicode text, or it is too long (see `refuse_beyond`).
         """
+        if self._longest_text is not None and len(text) > self._longest_text:
+            raise RequestError(
+                f"the prompt is too long: of {len(text)} characters at most {self._longest_text} could fit into the context",
+                code="context_length_exceeded",
+            )
         try:
             text.encode()
         except UnicodeEncodeError as error:
