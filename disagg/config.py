@@ -39,7 +39,8 @@ class RouterSection(msgspec.Struct, frozen=True):
     unified: Annotated[tuple[str, ...], _doc("A unified engine that runs already: URL. Repeatable.")] = ()
     body_limit_mib: Annotated[int, _doc("Largest request body; more is a 413.", ge=1, le=1024)] = 16
     connect_timeout_s: Annotated[_Seconds, _doc("How long connecting to an engine may take.")] = 2.0
-    first_token_timeout_s: Annotated[_Seconds, _doc("How long an answer may take to begin (a whole answer: to be complete).")] = 60.0
+    first_token_timeout_s: Annotated[_Seconds, _doc("How long a stream may take to begin.")] = 60.0
+    whole_answer_timeout_s: Annotated[_Seconds, _doc("How long an answer that is no stream may take to be complete.")] = 600.0
     between_tokens_timeout_s: Annotated[_Seconds, _doc("How long a stream may pause.")] = 60.0
     probe_interval_s: Annotated[_Seconds, _doc("How often a ready engine is looked at.")] = 1.0
     probe_timeout_s: Annotated[_Seconds, _doc("How long an engine may take to answer such a look.")] = 2.0

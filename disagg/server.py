@@ -105,6 +105,7 @@ async def router_running(
         relay = Relay(
             view=lambda: controller.view,
             limits=_limits(config),
+            whole_answer_s=section.whole_answer_timeout_s,
             metrics=metrics,
             random_room=ids.room,
             spawn=lambda work, name: group.create_task(_supervised(work, name, log), name=name),
@@ -217,6 +218,8 @@ async def serve_router(config: Config, say: Say) -> None:
         say(f"disagg {__version__} router")
         for address in addresses:
             say(f"  {address.id:<12} {address.url}" + (f"  bootstrap port {address.bootstrap_port}" if address.bootstrap_port else ""))
+        if not addresses:
+            say("  no engines are given: name them with --prefill and --decode, or --unified; until then requests get 503")
         _say_listeners(config, say)
         _warn_if_wide(config, log)
         say(f"Started in {time.monotonic() - began:.1f} s.")

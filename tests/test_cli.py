@@ -213,8 +213,9 @@ def test_a_router_without_engines_says_so_and_ends_on_sigterm(tmp_path: Path) ->
     with router(tmp_path) as running:
         said = running.lines_until("Started in ")
         assert said[0] == f"disagg {disagg.__version__} router"
-        assert said[1].split() == ["clients", f"http://127.0.0.1:{running.port}"]
-        assert said[2].split() == ["admin", f"http://127.0.0.1:{running.admin}"]
+        assert "--prefill" in said[1]
+        assert said[2].split() == ["clients", f"http://127.0.0.1:{running.port}"]
+        assert said[3].split() == ["admin", f"http://127.0.0.1:{running.admin}"]
 
         assert running.ask("/healthz")[0] == 200
         assert running.ask("/v1/models")[0] == 200

@@ -96,9 +96,12 @@ class PublicListener:
         """One request. Every error ends here as an OpenAI error object or as an event."""
         path = request.raw_path
         route = _ROUTES.get(path)
+        if route is None:
+            path = path.partition("?")[0]
+            route = _ROUTES.get(path)
         if route is not None and request.method == "POST":
             return await self._generate(request, path, route)
-        return await self._other(request, path.partition("?")[0])
+        return await self._other(request, path)
 
     # --- generation
 

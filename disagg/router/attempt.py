@@ -234,7 +234,7 @@ class Attempt:
         """Called by the relay's one timer."""
         due = self.handoff.next_deadline()
         if due is not None and now >= due:
-            self.handle(Tick(self.last_read_at))
+            self.handle(Tick(now if self.stalled else self.last_read_at))  # a client that reads slowly is not a silent engine
             self._settle()
 
     def pause(self) -> None:

@@ -93,7 +93,8 @@ class StreamLeg(DecodeLeg):
     def finish(self) -> None:
         """The body is complete: with `[DONE]`, or it was cut."""
         if self.journal.saw_done and not self._partial:
-            self._client.end_stream()
+            if not self.attempt.finished:
+                self._client.end_stream()
             self.attempt.decode_ended(DecodeFinished())
         else:
             where = self.attempt.choice.decode.id

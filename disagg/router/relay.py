@@ -10,6 +10,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from disagg.errors import ClientGoneError, EngineError
 from disagg.handoff import DecodeFailed, Handoff, Limits, PrefillFailed
 from disagg.ids import engine_rid
@@ -90,6 +92,7 @@ class Relay:
     Args:
         view: returns the current view of the cluster.
         limits: how long each phase of an attempt may take.
+        whole_answer_s: how long an answer that is no stream may take; nothing of it is seen before it is complete.
         random_room: mints a room, a 63-bit integer.
         spawn: runs a coroutine as a named task that somebody owns.
         on_refused: told the id of an engine that refused a connection, so that it is looked at soon.
@@ -101,6 +104,7 @@ class Relay:
         *,
         view: Callable[[], ClusterView],
         limits: Limits,
+        whole_answer_s: float,
         metrics: RouterMetrics,
         random_room: Callable[[], int],
         spawn: Spawn,
@@ -115,6 +119,7 @@ class Relay:
         self.records: OrderedDict[str, Record] = OrderedDict()
         self._view = view
         self._limits = limits
+        self._whole_limits = msgspec.structs.replace(limits, first_token_s=whole_answer_s)
         self._random_room = random_room
         self._spawn = spawn
         self._on_refused = on_refused
@@ -207,7 +212,8 @@ class Relay:
         view = self._view()
         self.in_flight.grow(len(view.engines))
         choice = choose(pool_of(view, job.request.model), self.in_flight, exclude=tried, unified_only=job.holds_samples)
-        handoff = Handoff(paired=choice.prefill is not None, limits=self._limits, deadline_at=job.deadline_at)
+        limits = self._limits if job.request.stream else self._whole_limits
+        handoff = Handoff(paired=choice.prefill is not None, limits=limits, deadline_at=job.deadline_at)
         prefill = self._upstream(choice.prefill) if choice.prefill is not None else None
         attempt = Attempt(self, choice, job.rids(), handoff, prefill, self._upstream(choice.decode))
         job.attempts += 1

@@ -354,7 +354,15 @@ async def test_an_engine_that_ignores_aborts_loses_its_connection(rig: Rig) -> N
 async def test_silence_before_the_first_token_ends_at_the_limit() -> None:
     async with running_rig(Role.PREFILL, Role.DECODE, first_token_timeout_s=0.3) as rig:
         rig.prefill.behave = rig.decode.behave = forever
-        async with asyncio.timeout(2), await rig.post(CHAT) as response:
+        async with asyncio.timeout(2), await rig.post(STREAM) as response:
+            assert response.status == 504
+        await idle(rig)
+
+
+async def test_a_whole_answer_has_a_limit_of_its_own() -> None:
+    async with running_rig(Role.PREFILL, Role.DECODE, first_token_timeout_s=30, whole_answer_timeout_s=0.3) as rig:
+        rig.prefill.behave = rig.decode.behave = forever
+        async with asyncio.timeout(2), await rig.post(CHAT, path="/v1/chat/completions?api-version=1") as response:
             assert response.status == 504
         await idle(rig)
 
