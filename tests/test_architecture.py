@@ -35,6 +35,7 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.engines.embedded.scheduler",
             "disagg.engines.embedded.shapes",
             "disagg.engines.embedded.step",
+            "disagg.engines.embedded.switch",
             "disagg.engines.embedded.tokens",
         }
     ),
