@@ -147,8 +147,10 @@ async def test_the_prefix_cache_is_dropped(client: Client, pair: Pair) -> None:
         return int(answer.json["meta_info"]["cached_tokens"])
 
     assert [await cached(), await cached()] == [0, 192]
+    assert (await client.load(pair.prefill))["cache_hit_rate"] > 0
     for role in ("decode", "prefill"):
         assert (await switch(client, pair.prefill, role)).status == 200
+        assert (await client.load(pair.prefill))["cache_hit_rate"] == 0
     assert [await cached(), await cached()] == [0, 192]
 
 
@@ -262,6 +264,8 @@ async def test_a_prefill_leg_that_comes_after_the_flip_to_decode_is_a_400(client
     answer = await client.post(pair.prefill, "/generate", body)
     assert answer.status == 400, answer.raw
     assert "is a decode engine now" in answer.json["error"]["message"]
+    streamed = await client.post(pair.prefill, "/generate", {**body, **room_at(pair.prefill), "stream": True})
+    assert streamed.status == 400  # seen before the head of the stream goes out, as the address is written in numbers
     await client.wait_free(pair.prefill)
 
 
