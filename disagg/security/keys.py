@@ -11,7 +11,7 @@ import zmq
 from zmq.utils import z85
 
 from disagg.errors import StartError
-from disagg.security.state import create_private, read_private
+from disagg.security.state import UNDECODABLE, create_private, read_private
 
 KEY_BYTES = 32
 _KEY_CHARACTERS = 40
@@ -94,7 +94,7 @@ def load_or_make_key(path: Path) -> tuple[KeyPair, bool]:
 def _parse(text: bytes, path: Path) -> KeyPair:
     try:
         found = msgspec.toml.decode(text, type=_KeyFile)
-    except (msgspec.DecodeError, ValueError):
+    except UNDECODABLE:
         found = None
     if found is None or key_bytes(found.public) is None or key_bytes(found.secret) is None:
         raise StartError(f"{path} holds no key: restore it from a backup, or remove it to have a new key made")

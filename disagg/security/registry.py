@@ -9,7 +9,7 @@ import msgspec
 from disagg.errors import NameTakenError, RequestError, StartError
 from disagg.model import Role
 from disagg.security.keys import key_bytes
-from disagg.security.state import is_host_name, read_private, write_private
+from disagg.security.state import UNDECODABLE, is_host_name, read_private, write_private
 
 
 class Registration(msgspec.Struct, frozen=True):
@@ -126,7 +126,7 @@ def _load(path: Path) -> list[Registration]:
         return []
     try:
         hosts = list(msgspec.json.decode(text, type=_RegistryFile).hosts)
-    except msgspec.DecodeError as error:
+    except UNDECODABLE as error:
         raise _broken(path, str(error)) from error
     for host in hosts:
         if not is_host_name(host.name) or key_bytes(host.public_key) is None:

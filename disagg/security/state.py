@@ -25,7 +25,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import msgspec
+
 from disagg.errors import ConfigError, StartError
+
+# What a decoder raises for bytes that make no sense: bad text in a name is a UnicodeDecodeError, brackets without end a RecursionError.
+UNDECODABLE = (msgspec.DecodeError, ValueError, RecursionError)
 
 _FOLDER_MODE = 0o700
 _FILE_MODE = 0o600

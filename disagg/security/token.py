@@ -10,7 +10,6 @@ A token is outstanding as long as its file is there. Whoever removes the file ha
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -23,7 +22,7 @@ import msgspec
 from disagg.errors import ConfigError, StartError
 from disagg.model import Role
 from disagg.security.keys import KEY_BYTES, key_bytes, key_text, make_key, public_half
-from disagg.security.state import read_private, remove_private, write_private
+from disagg.security.state import UNDECODABLE, read_private, remove_private, write_private
 
 PREFIX = "dgt1_"
 _LONGEST = 512  # characters; a real one has some 120
@@ -101,7 +100,7 @@ def _decode_body(body: str) -> _Wire | None:
     try:
         packed = base64.urlsafe_b64decode(body + "=" * (-len(body) % 4))
         return msgspec.msgpack.decode(packed, type=_Wire)
-    except (binascii.Error, msgspec.DecodeError, RecursionError):  # the last one for nothing but brackets
+    except UNDECODABLE:
         return None
 
 
@@ -203,5 +202,5 @@ def _read_grant(path: Path) -> _GrantFile | None:
         return None
     try:
         return msgspec.json.decode(text, type=_GrantFile)
-    except msgspec.DecodeError as error:
+    except UNDECODABLE as error:
         raise StartError(f"{path} is no token: remove it and make another with `disagg token create`") from error
