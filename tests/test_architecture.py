@@ -60,11 +60,20 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.router.legs",
             "disagg.router.relay",
             "disagg.router.upstream",
+            "disagg.security.keys",
+            "disagg.security.registry",
+            "disagg.security.state",
+            "disagg.security.token",
         }
     ),
     "DOOR": frozenset({"disagg.__main__", "disagg.cli", "disagg.server", "disagg.engines.embedded.__main__"}),
 }
-PACKAGES = frozenset({"disagg.cluster", "disagg.engines", "disagg.engines.embedded", "disagg.observe", "disagg.policy", "disagg.router"})
+PACKAGES = frozenset(
+    {
+        *("disagg.cluster", "disagg.engines", "disagg.engines.embedded", "disagg.observe", "disagg.policy", "disagg.router"),
+        "disagg.security",
+    }
+)
 
 IMPURE = frozenset(
     {
