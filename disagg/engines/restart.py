@@ -5,14 +5,14 @@ A process that ends unasked has died, and so has one that cannot be spawned, doe
 hung. After a death the engine waits 1, 2, 4 … 60 s (BACKOFF); the row begins anew after a life that was ready for `well_s`. Five deaths in
 ten minutes hold it (HELD): a sixth start would say no more than the fifth, and only a person goes on from there.
 
-                 StartAsked            BecameReady            StopAsked, RestartAsked, a kill
-      STOPPED ─────────────► STARTING ─────────────► RUNNING ──────────────┐
-         ▲  ▲                │ ▲    │ ▲ ▲               │                  ▼
-         │  │           dies │ │Tick│ │ └───────────────┼────────────── STOPPING
-         │  └──StopAsked── BACKOFF ◄┼─┼───── dies ──────┘   restart        │
-         │                           ▼ │ a person                          │
-         ├──────StopAsked────────── HELD ◄── the fifth death ──────────────┤
-         └─────────────────────────────────────────────────────────────────┘ stopped
+    STOPPED  ── StartAsked ─────────────► STARTING     spawn
+    STARTING ── BecameReady ────────────► RUNNING
+    STARTING, RUNNING ── it dies ───────► BACKOFF      or HELD, at the fifth death
+    BACKOFF  ── its time is over ───────► STARTING     spawn
+    HELD     ── a person asks ──────────► STARTING     spawn; its deaths are forgiven
+    STARTING, RUNNING ── StopAsked, RestartAsked, too slow to start, hung ──► STOPPING    terminate, or kill at once
+    STOPPING ── it ends ────────────────► STOPPED, STARTING (spawn) or BACKOFF, as was asked for
+    BACKOFF, HELD ── StopAsked ─────────► STOPPED
 
 STOPPING remembers what comes after the end: nothing, another start, or the account of a death. A stop is never a death.
 
@@ -260,7 +260,8 @@ class EngineLife:
         self._cause = ""  # why it stops
         self._progress = Progress()
         self._hung = False
-        self._probing = False
+        self._probing = False  # a probe is under way: never more than one
+        self._probe_void = False  # and its failure would prove nothing, for the counters have moved since
         self._probe_at = 0.0
 
     @property
@@ -308,7 +309,8 @@ class EngineLife:
         assert self.pid is not None or self.state is not State.RUNNING
         assert (self._until is not None) == (self.state is State.BACKOFF or (self.state in _BOUNDED and self.pid is not None))
         assert not self._hung or self.state is State.RUNNING
-        assert not self._probing or self._hung
+        assert not self._probing or self.state is State.RUNNING
+        assert not self._probing or self._hung or self._probe_void
         assert not self._killing or self.state is State.STOPPING
         assert self.state is not State.BACKOFF or 0 < len(self._deaths) < self._limits.hold_deaths
         assert len(self._deaths) <= self._limits.hold_deaths
@@ -333,6 +335,7 @@ class EngineLife:
             self._change(State.STARTING, f"it starts: {event.cause}")  # the spawn is still under way
         else:
             self._after = After.START
+            self._cause = event.cause
         return []
 
     def _stop_live(self, event: StopAsked, now: float) -> list[Command]:
@@ -350,6 +353,11 @@ class EngineLife:
         self._change(State.STOPPED, f"it was stopped: {event.cause}")
         return []
 
+    def _stop_held(self, event: StopAsked, now: float) -> list[Command]:
+        self._deaths.clear()  # whoever starts it after this is a person as well
+        self._streak = 0
+        return self._stop_idle(event, now)
+
     # --- moves: what happens to the process
 
     def _spawned(self, event: Spawned, now: float) -> list[Command]:
@@ -366,10 +374,14 @@ class EngineLife:
         if event.ready:
             self._run(f"pid {event.pid} of an earlier agent was adopted", now)
         else:
-            self._change(State.STARTING, f"pid {event.pid} of an earlier agent was adopted while it starts", now + self._limits.start_limit_s)
+            self._change(
+                State.STARTING, f"pid {event.pid} of an earlier agent was adopted while it starts", now + self._limits.start_limit_s
+            )
         return [Report(self.reason)]
 
     def _became_ready(self, _event: Any, now: float) -> list[Command]:
+        if self.pid is None:
+            return []  # of the process before: the new one is not even spawned
         self._run("it is ready", now)
         return []
 
@@ -417,18 +429,21 @@ class EngineLife:
     def _recover(self) -> list[Command]:
         if not self._hung:
             return []
-        self._forget_hang()
+        self._hung = False
+        self._probe_void = self._probing
         self.reason = "its counters move again, or it has no work left"
         return [Report(self.reason)]
 
     def _probe_answered(self, _event: Any, now: float) -> list[Command]:
-        self._probing = False
+        self._probing = self._probe_void = False
         self._probe_at = now + self._limits.probe_again_s
         return []
 
     def _probe_failed(self, event: ProbeFailed, now: float) -> list[Command]:
-        if not self._probing:
-            return []  # it moved meanwhile, or nobody asked
+        counts = self._probing and not self._probe_void
+        self._probing = self._probe_void = False
+        if not counts:
+            return []  # its counters moved meanwhile, or nobody asked
         return self._kill(f"{self.reason}, and a probe failed: {event.why}", now)
 
     # --- moves: time
@@ -503,8 +518,7 @@ class EngineLife:
         self._forget_hang()
 
     def _forget_hang(self) -> None:
-        self._hung = False
-        self._probing = False
+        self._hung = self._probing = self._probe_void = False
         self._probe_at = 0.0
 
     def _forget_deaths(self, now: float) -> None:
@@ -552,7 +566,8 @@ _MOVES = _by_state(
         **{(s, StartAsked): EngineLife._nothing for s in (State.STARTING, State.RUNNING)},
         **{(s, RestartAsked): EngineLife._restart_live for s in (State.STARTING, State.RUNNING)},
         **{(s, StopAsked): EngineLife._stop_live for s in (State.STARTING, State.RUNNING)},
-        **{(s, StopAsked): EngineLife._stop_idle for s in (State.STOPPED, State.BACKOFF, State.HELD)},
+        **{(s, StopAsked): EngineLife._stop_idle for s in (State.STOPPED, State.BACKOFF)},
+        (State.HELD, StopAsked): EngineLife._stop_held,
         (State.STOPPING, StopAsked): EngineLife._stop_stopping,
         (State.STOPPED, Adopted): EngineLife._adopted,
         (State.STARTING, Spawned): EngineLife._spawned,
