@@ -19,6 +19,8 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.config",
             "disagg.handoff",
             "disagg.cluster.detector",
+            "disagg.engines.progress",
+            "disagg.engines.restart",
             "disagg.policy.route",
             "disagg.router.journal",
             "disagg.router.merge",
