@@ -84,6 +84,56 @@ class EngineFacts(msgspec.Struct, frozen=True):
     context_tokens: int = 0
     kv_bytes_per_token: int = 0
     version: str = ""
+    dtype: str = ""
+    tp_size: int = 0
+
+    def why_not_paired_with(self, other: EngineFacts) -> str:
+        """What keeps two engines of one model from exchanging KV pages; empty when nothing does.
+
+        Pages of another size, precision or sharding cannot be taken over, and pages of other weights would be read as nonsense
+        (SGLang notices in the middle of a transfer, or not at all). What one side does not say is not held against it.
+        """
+        for what, mine, its in (
+            ("model hash", self.model_hash[:12], other.model_hash[:12]),
+            ("page size", self.page_size, other.page_size),
+            ("KV precision", self.dtype, other.dtype),
+            ("tensor parallelism", self.tp_size, other.tp_size),
+            ("engine version", _series(self.version), _series(other.version)),
+        ):
+            if mine and its and mine != its:
+                return f"{what} {mine} against {its}"
+        return ""
+
+
+def _series(version: str) -> str:
+    """Releases that differ in the last number only may hand KV pages to each other."""
+    return ".".join(version.split(".")[:2])
+
+
+class HostState(StrEnum):
+    """Where a host is, as the router sees it. Only the engines of ``ONLINE`` ones get new work."""
+
+    ONLINE = "online"
+    SUSPECT = "suspect"
+    SILENT = "silent"
+    LEFT = "left"
+
+
+class HostView(msgspec.Struct, frozen=True):
+    """One host in a view.
+
+    Attributes:
+        address: where its control connection comes from, as it says itself.
+        incarnation: counts the starts of its agent.
+        reason: why it is in this state, one sentence.
+    """
+
+    id: HostId
+    state: HostState
+    address: str = ""
+    incarnation: int = 0
+    release: str = ""
+    reason: str = ""
 
 
 class EngineView(msgspec.Struct, frozen=True):
@@ -92,6 +142,9 @@ class EngineView(msgspec.Struct, frozen=True):
     Attributes:
         slot: index of this engine in the router's flat in-flight lists; never reused while the router lives.
         reason: why it is in this state, one sentence.
+        host: the name of the host whose agent owns it; empty for an engine that was given by URL.
+        still_s: for how long it made no progress although it had work.
+        unpaired: why no engine of the other role takes part in a pair with it; empty when one does.
     """
 
     address: EngineAddress
@@ -100,6 +153,9 @@ class EngineView(msgspec.Struct, frozen=True):
     facts: EngineFacts = EngineFacts()
     load: EngineLoad = EngineLoad()
     reason: str = ""
+    host: HostId = HostId("")
+    still_s: float = 0.0
+    unpaired: str = ""
 
     @property
     def id(self) -> EngineId:
@@ -108,16 +164,29 @@ class EngineView(msgspec.Struct, frozen=True):
 
 
 class Pool(msgspec.Struct, frozen=True):
-    """The ready engines that serve one model, by role."""
+    """The ready engines that serve one model, by role.
+
+    Attributes:
+        islands: where not every prefill engine can hand its KV pages to every decode engine, the parts in which they can, without their
+            unified engines; empty where all can, which is usual.
+    """
 
     prefill: tuple[EngineView, ...] = ()
     decode: tuple[EngineView, ...] = ()
     unified: tuple[EngineView, ...] = ()
+    islands: tuple[Pool, ...] = ()
+
+    @property
+    def can_pair(self) -> bool:
+        """True when some prefill engine can hand over to some decode engine."""
+        if self.islands:
+            return any(island.can_pair for island in self.islands)
+        return bool(self.prefill and self.decode)
 
     @property
     def can_serve(self) -> bool:
         """True when a request can be served: a pair, or a unified engine."""
-        return bool(self.unified or (self.prefill and self.decode))
+        return bool(self.unified) or self.can_pair
 
 
 class ClusterView(msgspec.Struct, frozen=True):
@@ -126,25 +195,37 @@ class ClusterView(msgspec.Struct, frozen=True):
     Attributes:
         engines: every engine, the dead ones too, in the order of their slots.
         pools: the ready ones, keyed by served model.
+        hosts: those that have joined, in the order of their names.
+        may_join: hosts can join this router, so that an empty view is not a mistake.
     """
 
     engines: tuple[EngineView, ...] = ()
     pools: Mapping[str, Pool] = {}
+    hosts: tuple[HostView, ...] = ()
+    may_join: bool = False
 
     @classmethod
-    def of(cls, engines: Iterable[EngineView]) -> ClusterView:
+    def of(cls, engines: Iterable[EngineView], hosts: Iterable[HostView] = (), *, may_join: bool = False) -> ClusterView:
         """Builds a view and its pools from engines in the order of their slots."""
         engines = tuple(engines)
         ready = [e for e in engines if e.state is EngineState.READY]
         models = sorted({e.facts.model for e in ready})
-        return cls(engines, {m: _pool([e for e in ready if e.facts.model == m]) for m in models})
+        pools = {m: _pool([e for e in ready if e.facts.model == m]) for m in models}
+        lone = {e.id: e for pool in pools.values() if pool.islands for e in _lone(pool)}
+        if lone:
+            engines = tuple(lone.get(e.id, e) for e in engines)
+        return cls(engines, pools, tuple(hosts), may_join)
 
     def why_not_ready(self) -> str:
         """One sentence that says what is missing before a request can be served; empty when nothing is."""
         if any(pool.can_serve for pool in self.pools.values()):
             return ""
         if not self.engines:
-            return "no engine is configured: start the router with --prefill and --decode, or --unified"
+            joining = "no host has joined yet: start `disagg serve --role prefill --join …` and a decode one"
+            return joining if self.may_join else "no engine is configured: start the router with --prefill and --decode, or --unified"
+        lone = next((e for e in self.engines if e.unpaired), None)
+        if lone is not None:
+            return f"no pair can be made: {lone.id} {lone.unpaired}"
         ready = {e.address.role for e in self.engines if e.state is EngineState.READY}
         if Role.PREFILL in ready and Role.DECODE in ready:
             return "the ready prefill and decode engines serve different models, so no pair can be made"
@@ -154,10 +235,31 @@ class ClusterView(msgspec.Struct, frozen=True):
 
 
 def _pool(engines: Sequence[EngineView]) -> Pool:
-    def by(role: Role) -> tuple[EngineView, ...]:
-        return tuple(e for e in engines if e.address.role is role)
+    def by(role: Role, among: Sequence[EngineView] = engines) -> tuple[EngineView, ...]:
+        return tuple(e for e in among if e.address.role is role)
 
-    return Pool(by(Role.PREFILL), by(Role.DECODE), by(Role.UNIFIED))
+    groups: list[list[EngineView]] = []
+    for engine in engines:
+        if engine.address.role is Role.UNIFIED:
+            continue
+        home = next((g for g in groups if not g[0].facts.why_not_paired_with(engine.facts)), None)
+        if home is None:
+            groups.append([engine])
+        else:
+            home.append(engine)
+    islands = tuple(Pool(by(Role.PREFILL, g), by(Role.DECODE, g)) for g in groups) if len(groups) > 1 else ()
+    return Pool(by(Role.PREFILL), by(Role.DECODE), by(Role.UNIFIED), islands)
+
+
+def _lone(pool: Pool) -> Iterable[EngineView]:
+    """The engines of islands in which one role is missing, with the reason."""
+    for island in pool.islands:
+        alone, others = (island.prefill, pool.decode) if island.prefill else (island.decode, pool.prefill)
+        if island.can_pair or not others:
+            continue
+        for engine in alone:
+            why = engine.facts.why_not_paired_with(others[0].facts)
+            yield msgspec.structs.replace(engine, unpaired=f"is never paired with {others[0].id}: {why}")
 
 
 class Choice(msgspec.Struct, frozen=True):

@@ -55,6 +55,11 @@ class Progress:
         """The engine did not answer in time: nothing moved, and the work is what it was."""
         self._seen_at = now
 
+    def slept(self, lag_s: float) -> None:
+        """The watcher itself did not run for so long: that is nobody's stillness."""
+        if self._since is not None:
+            self._since += lag_s
+
     def still_s(self, now: float) -> float:
         """How long the counter has not moved although there was work all the time; 0 when idle."""
         return 0.0 if self._since is None else max(0.0, now - self._since)

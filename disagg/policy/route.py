@@ -78,8 +78,7 @@ def choose(pool: Pool, in_flight: InFlight, *, exclude: Collection[EngineId] = (
         NoCapacityError: every engine that could do it was tried already.
     """
     unified = _least(pool.unified, in_flight, exclude)
-    prefill = None if unified_only else _least(pool.prefill, in_flight, exclude)
-    decode = _least(pool.decode, in_flight, exclude)
+    prefill, decode = (None, None) if unified_only else _least_pair(pool, in_flight, exclude)
     if prefill is None or decode is None:
         if unified is None:
             raise NoCapacityError("every engine that could serve this failed to take it; try again", retry_after_s=1)
@@ -89,6 +88,17 @@ def choose(pool: Pool, in_flight: InFlight, *, exclude: Collection[EngineId] = (
         return Choice(None, unified, f"{unified.id} has {counts[unified.slot]} in flight, {decode.id} {counts[decode.slot]}")
     reason = f"fewest in flight: {prefill.id} {counts[prefill.slot]}, {decode.id} {counts[decode.slot]}"
     return Choice(prefill, decode, reason)
+
+
+def _least_pair(pool: Pool, in_flight: InFlight, exclude: Collection[EngineId]) -> tuple[EngineView | None, EngineView | None]:
+    """The least loaded of each role, out of the island where their loads together are least."""
+    if not pool.islands:
+        return _least(pool.prefill, in_flight, exclude), _least(pool.decode, in_flight, exclude)
+    pairs = [_least_pair(island, in_flight, exclude) for island in pool.islands]
+    whole = [(p, d) for p, d in pairs if p is not None and d is not None]
+    now, ever = in_flight.now, in_flight.ever
+    key = lambda pair: (now[pair[0].slot] + now[pair[1].slot], ever[pair[0].slot] + ever[pair[1].slot])  # noqa: E731
+    return min(whole, key=key, default=(None, None))
 
 
 def _least(engines: tuple[EngineView, ...], in_flight: InFlight, exclude: Collection[EngineId]) -> EngineView | None:

@@ -1,0 +1,1 @@
+"""What hosts and routers say to each other: messages, and how they become bytes."""

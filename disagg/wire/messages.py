@@ -1,0 +1,164 @@
+"""The messages of the control plane. Frozen, tagged by `kind`, one msgpack map each.
+
+    host ──► router    Register · Hello · Heartbeat · Goodbye · Answer
+    router ──► host    Registered · Welcome · Refused · Ack · Order
+
+A host that has a token connects with the token's one-time key and says `Register`; from then on it connects with its own key. It says
+`Hello` until it hears `Welcome`, and then a `Heartbeat` every interval, and at once when an engine changed. Each heartbeat tells the whole
+truth about the host's engines, so that a lost one costs nothing. The router acknowledges each; the host repeats the last acknowledgement,
+so that both know that both directions work: over TCP, a cut in one direction is otherwise not noticed for minutes.
+
+New fields need a default and raise the minor version; a field that goes, or means something else, raises the major one. Both versions stand
+in the header of every frame (`disagg.wire.codec`). Seconds, tokens and bytes, as the names say.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from disagg.model import EngineFacts, EngineId, EngineLoad, EngineState, Role
+
+
+class Message(msgspec.Struct, frozen=True, tag_field="kind", tag=str.lower):
+    """What every message is."""
+
+
+class EngineReport(msgspec.Struct, frozen=True):
+    """What an agent says about one of its engines.
+
+    Attributes:
+        id: unique in the cluster.
+        state: starting, ready, draining (its host is stopping), switching, dead or held; the router adds its own judgement.
+        reason: why, one sentence.
+        host: where the engine is reached, as the other hosts can reach it.
+        start_ticks: when its process began, clock ticks since the machine started; with `pid` this names the process.
+        counter: the sum of what an engine's own counters count; it grows as long as the engine makes progress.
+        working: the engine has work that does not merely wait for a peer.
+    """
+
+    id: EngineId
+    role: Role
+    state: EngineState
+    reason: str = ""
+    host: str = ""
+    port: int = 0
+    bootstrap_port: int = 0
+    api_key: str = ""
+    pid: int = 0
+    start_ticks: int = 0
+    counter: int = 0
+    working: bool = False
+    facts: EngineFacts = EngineFacts()
+    load: EngineLoad = EngineLoad()
+
+
+class Register(Message, frozen=True):
+    """Said with a token's one-time key: let this key of mine be known under this name.
+
+    Attributes:
+        public_key: the host's own key, Z85, 40 characters.
+        roles: those of its engines; the token must cover them.
+        release: of disagg, for people.
+    """
+
+    name: str
+    public_key: str
+    roles: tuple[Role, ...]
+    release: str = ""
+
+
+class Hello(Message, frozen=True):
+    """Said with the host's own key when it has connected, until it is answered.
+
+    Attributes:
+        incarnation: counts the starts of this host's agent; kept in its state directory.
+        nonce: random, one per start: tells a clone of that directory from the original.
+    """
+
+    name: str
+    incarnation: int
+    nonce: str
+    release: str = ""
+    engines: tuple[EngineReport, ...] = ()
+
+
+class Heartbeat(Message, frozen=True):
+    """The host lives, and this is how its engines are.
+
+    Attributes:
+        seq: counts the heartbeats of this incarnation, from 1.
+        acked: the `seq` of the last `Ack` that arrived; 0 before the first.
+    """
+
+    incarnation: int
+    nonce: str
+    seq: int
+    acked: int
+    engines: tuple[EngineReport, ...] = ()
+
+
+class Goodbye(Message, frozen=True):
+    """The agent ends. Its engines end with it, unless `engines_stay`."""
+
+    incarnation: int
+    nonce: str
+    engines_stay: bool = False
+
+
+class Answer(Message, frozen=True):
+    """What became of an `Order`."""
+
+    order: int
+    ok: bool
+    sentence: str
+
+
+class Registered(Message, frozen=True):
+    """The key is known now; the token is spent."""
+
+    name: str
+
+
+class Welcome(Message, frozen=True):
+    """The host belongs to the cluster.
+
+    Attributes:
+        router: random, one per start of the router: a host that hears another one knows that orders it waits for are void.
+    """
+
+    router: str
+    heartbeat_interval_s: float = 0.25
+    release: str = ""
+
+
+class Refused(Message, frozen=True):
+    """Not like this. `final`: trying again cannot help, a person must do something."""
+
+    reason: str
+    final: bool = False
+
+
+class Ack(Message, frozen=True):
+    """Heartbeat `seq` arrived."""
+
+    seq: int
+
+
+class Order(Message, frozen=True):
+    """Do this to an engine, and answer.
+
+    Attributes:
+        action: ``switch`` (its role, live), ``restart`` (in this role), ``drain``, ``undrain``.
+        role: for switch and restart.
+        cause: who wants it and why, for the host's log.
+    """
+
+    id: int
+    engine: EngineId
+    action: str
+    role: Role | None = None
+    cause: str = ""
+
+
+ToRouter = Register | Hello | Heartbeat | Goodbye | Answer
+ToHost = Registered | Welcome | Refused | Ack | Order
