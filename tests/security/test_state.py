@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import random
 import resource
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -84,7 +86,7 @@ def test_a_host_name_that_could_lead_elsewhere_is_refused(name: str) -> None:
 # --- who may read it
 
 
-@pytest.mark.parametrize("mask", [0, 0o077, 0o177])
+@pytest.mark.parametrize("mask", [0, 0o077, 0o177, 0o277])
 def test_modes_do_not_depend_on_the_umask(mask: int, tmp_path: Path) -> None:
     with umask(mask):
         write_private(tmp_path / "a" / "b" / "written", b"x")
@@ -94,28 +96,31 @@ def test_modes_do_not_depend_on_the_umask(mask: int, tmp_path: Path) -> None:
 
 
 def test_no_moment_at_which_others_could_read_it(tmp_path: Path) -> None:
-    """Every file that is ever seen in the folder is 0600 from its first moment, with the umask at its loosest."""
-    seen: set[int] = set()
+    """Every file and folder that is ever seen is private from its first moment, with the umask at its loosest."""
+    seen: set[str] = set()
     done = threading.Event()
 
     def look() -> None:
         while not done.is_set():
-            for entry in os.scandir(tmp_path):
+            for entry in (*os.scandir(tmp_path), *os.scandir(tmp_path / "here")):
                 try:
-                    seen.add(entry.stat().st_mode & 0o777)
+                    seen.add(stat.filemode(entry.stat().st_mode))
                 except FileNotFoundError:
                     continue
 
     watcher = threading.Thread(target=look)
+    (tmp_path / "here").mkdir(0o700)
     with umask(0):
         watcher.start()
         try:
-            for _ in range(200):
-                write_private(tmp_path / "key", b"x" * 1000)
+            for number in range(200):
+                write_private(tmp_path / "here" / "key", b"x" * 1000)
+                write_private(tmp_path / "new" / "key", b"%d" % number)
+                shutil.rmtree(tmp_path / "new")
         finally:
             done.set()
             watcher.join()
-    assert seen == {0o600}
+    assert seen == {"-rw-------", "drwx------"}
 
 
 def test_a_loose_file_is_tight_after_it_is_written_again(tmp_path: Path) -> None:
@@ -176,7 +181,7 @@ def test_what_root_writes_in_a_services_folder_is_the_services() -> None:
 
 
 @needs_root
-def test_a_file_of_root_that_a_service_can_open_is_trusted() -> None:
+def test_a_file_that_may_not_be_read_says_so() -> None:
     with folder_of_nobody() as folder:
         path = folder / "key"
         path.write_bytes(b"x")
