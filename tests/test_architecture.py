@@ -19,6 +19,7 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.config",
             "disagg.handoff",
             "disagg.cluster.detector",
+            "disagg.deploy.systemd",
             "disagg.policy.route",
             "disagg.router.journal",
             "disagg.router.merge",
@@ -42,6 +43,7 @@ ROOMS: dict[str, frozenset[str]] = {
         {
             "disagg.ids",
             "disagg.cluster.controller",
+            "disagg.deploy.install",
             "disagg.engines.base",
             "disagg.engines.process",
             "disagg.engines.embedded.engine",
@@ -52,6 +54,7 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.engines.embedded.transformer",
             "disagg.observe.log",
             "disagg.observe.metrics",
+            "disagg.observe.notify",
             "disagg.router.app",
             "disagg.router.attempt",
             "disagg.router.client",
@@ -63,7 +66,9 @@ ROOMS: dict[str, frozenset[str]] = {
     ),
     "DOOR": frozenset({"disagg.__main__", "disagg.cli", "disagg.server", "disagg.engines.embedded.__main__"}),
 }
-PACKAGES = frozenset({"disagg.cluster", "disagg.engines", "disagg.engines.embedded", "disagg.observe", "disagg.policy", "disagg.router"})
+PACKAGES = frozenset(
+    {"disagg.cluster", "disagg.deploy", "disagg.engines", "disagg.engines.embedded", "disagg.observe", "disagg.policy", "disagg.router"}
+)
 
 IMPURE = frozenset(
     {

@@ -94,9 +94,9 @@ def _check(site: Site) -> None:
         raise ConfigError(
             f"--user = {site.user!r} is not allowed: write the name of an unprivileged system user, lower-case letters, digits, - and _"
         )
-    for path in (site.executable, site.config_path):
-        if not path.startswith("/") or not path.isprintable():
-            raise ConfigError(f"the path {path!r} cannot stand in a unit: write an absolute path of printable characters")
+    for path, refused in ((site.executable, "\"'\\"), (site.config_path, "")):  # systemd executes nothing with a quote in its name
+        if not path.startswith("/") or not path.isprintable() or set(path) & set(refused):
+            raise ConfigError(f"the path {path!r} cannot stand in a unit: it must be absolute, of printable characters, without quotes")
 
 
 # --- the units
@@ -118,7 +118,7 @@ def _router(site: Site) -> str:
         "",
         *_identity(site),
         "",
-        *_hardened(home="read-only" if site.in_a_home else "yes"),
+        *(_hardened("ProtectHome=read-only", "disagg itself lies in a home.") if site.in_a_home else _hardened("ProtectHome=yes")),
         *_closed_to_devices(),
         "# Plain CPython with uvloop, libzmq and msgspec makes no code at run time.",
         "MemoryDenyWriteExecute=yes",
@@ -144,8 +144,7 @@ def _agent(role: Role, site: Site) -> str:
         *_identity(site),
         *_token(name),
         "",
-        "# Models may lie in a home; they are read and never written.",
-        *_hardened(home="read-only"),
+        *_hardened("ProtectHome=read-only", "Models may lie in a home; they are read and never written."),
         *_closed_to_devices(),
         "# Plain CPython with uvloop, libzmq and msgspec makes no code at run time. Engines do, but they are no children of this unit.",
         "MemoryDenyWriteExecute=yes",
@@ -181,8 +180,8 @@ def _engine(site: Site) -> str:
         "StartLimitIntervalSec=0",
         "",
         "[Service]",
-        "# `disagg engine run` becomes the engine (exec). Engines know nothing of sd_notify: no Type=notify and no watchdog here; the agent",
-        "# watches their progress.",
+        "# `disagg engine run` becomes the engine (exec). Engines know nothing of sd_notify: no Type=notify and no watchdog here; the",
+        "# agent watches their progress.",
         "Type=exec",
         f"ExecStart={_executable(site)} engine run %i",
         "Restart=no",
@@ -201,13 +200,12 @@ def _engine(site: Site) -> str:
         "LimitMEMLOCK=infinity",
         "TasksMax=infinity",
         "",
-        "# Models may lie in a home; they are read and never written.",
-        *_hardened(home="read-only"),
+        *_hardened("ProtectHome=read-only", "Models may lie in a home; they are read and never written."),
         "# GPUs and RDMA, and nothing else. For AMD's: systemctl edit disagg-engine@.service, and SupplementaryGroups=render video",
         "DevicePolicy=closed",
         *(f"DeviceAllow={device} rw" for device in _DEVICES),
         "# Not PrivateDevices=yes: it hides the devices above. Not MemoryDenyWriteExecute=yes: engines compile kernels as they run.",
-        "# Not PrivateUsers=yes: the agent could not see /proc/PID. Not PrivateIPC=yes: CUDA shares memory between engines of a host by it.",
+        "# Not PrivateUsers=yes: the agent could not see /proc/PID. Not PrivateIPC=yes: CUDA shares memory between the engines of a host.",
         "# AF_NETLINK: NCCL and libibverbs list the network's interfaces with it.",
         "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK",
         "# @resources stays: engines bind themselves to cores and NUMA nodes. pidfd_getfd: PyTorch's memory shared between ranks.",
@@ -301,13 +299,14 @@ def _token(name: str) -> list[str]:
     ]
 
 
-def _hardened(*, home: str) -> list[str]:
+def _hardened(home: str, why: str = "") -> list[str]:
     return [
         "CapabilityBoundingSet=",
         "AmbientCapabilities=",
         "NoNewPrivileges=yes",
         "ProtectSystem=strict",
-        f"ProtectHome={home}",
+        *([f"# {why}"] if why else []),
+        home,
         "PrivateTmp=yes",
         "PrivateMounts=yes",
         "ProtectClock=yes",
@@ -375,5 +374,3 @@ def _quoted(text: str) -> str:
 
 def _text(*lines: str) -> str:
     return "\n".join(lines) + "\n"
-
-

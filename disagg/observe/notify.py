@@ -40,8 +40,8 @@ class Notifier:
         address = environ.pop("NOTIFY_SOCKET", "")
         microseconds, pid = environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", "")
         ours = not pid or pid == str(os.getpid())
-        watched = bool(address) and ours and microseconds.isascii() and microseconds.isdigit() and 0 < int(microseconds[:20])
-        return cls(address, watchdog_interval_s=int(microseconds) / 2e6 if watched else None)
+        number = int(microseconds) if microseconds.isascii() and microseconds.isdigit() and len(microseconds) <= 20 else 0
+        return cls(address, watchdog_interval_s=number / 2e6 if address and ours and number else None)
 
     @property
     def enabled(self) -> bool:

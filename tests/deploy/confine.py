@@ -107,4 +107,4 @@ def confine(unit: str) -> None:
 
 if __name__ == "__main__":
     confine(Path(sys.argv[1]).read_text())
-    os.execvp(sys.argv[2], sys.argv[2:])  # noqa: S606
+    os.execvp(sys.argv[2], sys.argv[2:])

@@ -103,7 +103,9 @@ def test_a_full_queue_neither_blocks_nor_loses_ready(tmp_path: Path) -> None:
     notifier.close()
 
 
-@pytest.mark.parametrize("environ", [{}, {"NOTIFY_SOCKET": ""}, {"NOTIFY_SOCKET": "vsock:2:1"}, {"NOTIFY_SOCKET": "relative/path"}], ids=str)
+@pytest.mark.parametrize(
+    "environ", [{}, {"NOTIFY_SOCKET": ""}, {"NOTIFY_SOCKET": "vsock:2:1"}, {"NOTIFY_SOCKET": "relative/path"}], ids=str
+)
 def test_without_systemd_every_call_does_nothing(environ: dict[str, str]) -> None:
     notifier = Notifier.from_environ(dict(environ))
     assert not notifier.enabled
