@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -30,6 +32,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+token_app = typer.Typer(help="Tokens with which hosts join.", no_args_is_help=True)
+app.add_typer(token_app, name="token")
+
+StateOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--state-dir",
+        metavar="DIR",
+        help="Where keys, tokens and registrations are kept; else DISAGG_STATE_DIR, as root /var/lib/disagg, else $XDG_STATE_HOME/disagg.",
+    ),
+]
+TTL_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+LONGEST_TTL_S = 7 * 86400
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help=f"The config file; without it ./{CONFIG_FILE} if there is one.")]
 
@@ -198,6 +214,52 @@ def _own_executable() -> str:
 
 def _absolute(path: Path | str) -> str:
     return os.path.abspath(path)  # noqa: PTH100  # `resolve` would follow links
+
+
+def _ttl_s(text: str) -> int:
+    """Seconds of a time like 15m."""
+    match = re.fullmatch(r"([0-9]{1,9})([smhd])", text, re.ASCII)
+    seconds = int(match[1]) * TTL_UNITS_S[match[2]] if match else 0
+    if not 0 < seconds <= LONGEST_TTL_S:
+        raise typer.BadParameter(f"--ttl {text!r} is not allowed: write a time like 90s, 15m, 2h or 1d, at most 7d")
+    return seconds
+
+
+@app.command()
+def keygen(*, state_dir: StateOption = None) -> None:
+    """Make the router's key. A key that exists already stays as it is."""
+    from disagg.security import keys, state  # noqa: PLC0415  # as in `serve`
+
+    path = state.router_key_path(state.state_root(state_dir, os.environ))
+    key, made = keys.load_or_make_key(path)
+    _say("Made the router's key." if made else "The router's key exists already; it stays as it is.")
+    _say(f"  file        {path}")
+    _say(f"  public key  {key.public}")
+
+
+@token_app.command("create")
+def token_create(
+    *,
+    role: Annotated[list[Role], typer.Option(help="What the host may be. Repeatable.")],
+    ttl: Annotated[str, typer.Option(help="How long a host may join with it: 90s, 15m, 2h, 1d; at most 7d.")] = "15m",
+    state_dir: StateOption = None,
+) -> None:
+    """Make a token with which one host joins, once. Standard output is the token alone."""
+    ttl_s = _ttl_s(ttl)
+    from disagg.security import keys, state, token  # noqa: PLC0415  # as in `serve`
+
+    state_root = state.state_root(state_dir, os.environ)
+    path = state.router_key_path(state_root)
+    key, made = keys.load_or_make_key(path)
+    if made:
+        print(f"Made the router's key, {path}: the router must run with this state directory.", file=sys.stderr)
+    store = token.TokenStore(state.router_tokens_path(state_root))
+    now_wall = time.clock_gettime(time.CLOCK_REALTIME)  # when a token expires is a matter of the calendar
+    store.sweep(now_wall)
+    created = store.create(role, ttl_s, now_wall=now_wall, router_key=key.public)
+    words = " or ".join(created.roles)
+    print(f"One host may join with this token, once, within {ttl}, as {words}. Keep it secret until then.", file=sys.stderr, flush=True)
+    _say(created.encode())
 
 
 def main() -> None:

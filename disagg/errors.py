@@ -7,6 +7,7 @@ DisaggError                  exit 1, HTTP 500
 ├── RequestError             HTTP 400            the client's fault; never counts against an engine
 │   ├── UnknownModelError    HTTP 404
 │   ├── BodyTooLargeError    HTTP 413
+│   ├── NameTakenError       HTTP 409            a host's name or key is registered to another host
 │   └── ClientGoneError      HTTP 499            nobody is left to read the answer (logs and metrics only)
 ├── NoCapacityError          HTTP 503            no engine can take it now; carries Retry-After
 ├── DeadlineError            HTTP 504            the request's own deadline passed; nobody's fault
@@ -76,6 +77,12 @@ class BodyTooLargeError(RequestError):
     """The body is over the limit; it was not read to the end."""
 
     status = 413
+
+
+class NameTakenError(RequestError):
+    """A host wants a name that belongs to another key, or brings a key that belongs to another name."""
+
+    status = 409
 
 
 class ClientGoneError(RequestError):

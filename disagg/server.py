@@ -265,7 +265,7 @@ async def run_up(config: Config, counts: dict[Role, int], say: Say) -> None:
         router = await stack.enter_async_context(router_running(config, addresses, log))
         group = await stack.enter_async_context(_owned_tasks())
         for process in processes:
-            group.create_task(_report_exit(process, router.controller, say), name=f"wait {process.launch.id}")
+            group.create_task(_report_exit(process, router.controller, say), name=f"wait {process.id}")
         await _wait_ready(router, stop)
         _say_listeners(config, say)
         _warn_if_wide(config, log)
@@ -316,7 +316,7 @@ async def _start_engines(stack: contextlib.AsyncExitStack, launches: Sequence[En
         processes.append(process)
     try:
         async with asyncio.TaskGroup() as group:
-            waits = [group.create_task(p.wait_ready(ENGINE_START_LIMIT_S), name=f"start {p.launch.id}") for p in processes]
+            waits = [group.create_task(p.wait_ready(ENGINE_START_LIMIT_S), name=f"start {p.id}") for p in processes]
     except* StartError as errors:
         raise StartError(str(errors.exceptions[0])) from None
     return processes, [w.result() for w in waits]
@@ -329,5 +329,6 @@ def _say_engine(launch: EngineLaunch, ready: ReadyFile, say: Say) -> None:
 
 async def _report_exit(process: EngineProcess, controller: Controller, say: Say) -> None:
     code = await process.wait()
-    say(f"{process.launch.id} (pid {process.process.pid}) ended with code {code}: {process.log_tail()}")
-    await controller.exited(process.launch.id, code)
+    assert code is not None  # it was started here
+    say(f"{process.id} (pid {process.pid}) ended with code {code}: {process.log_tail()}")
+    await controller.exited(process.id, code)

@@ -20,6 +20,8 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.handoff",
             "disagg.cluster.detector",
             "disagg.deploy.systemd",
+            "disagg.engines.progress",
+            "disagg.engines.restart",
             "disagg.policy.route",
             "disagg.router.journal",
             "disagg.router.merge",
@@ -36,6 +38,7 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.engines.embedded.scheduler",
             "disagg.engines.embedded.shapes",
             "disagg.engines.embedded.step",
+            "disagg.engines.embedded.switch",
             "disagg.engines.embedded.tokens",
         }
     ),
@@ -62,12 +65,27 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.router.legs",
             "disagg.router.relay",
             "disagg.router.upstream",
+            "disagg.security.keys",
+            "disagg.security.registry",
+            "disagg.security.state",
+            "disagg.security.token",
         }
     ),
     "DOOR": frozenset({"disagg.__main__", "disagg.cli", "disagg.server", "disagg.engines.embedded.__main__"}),
 }
 PACKAGES = frozenset(
-    {"disagg.cluster", "disagg.deploy", "disagg.engines", "disagg.engines.embedded", "disagg.observe", "disagg.policy", "disagg.router"}
+    {
+        *(
+            "disagg.cluster",
+            "disagg.deploy",
+            "disagg.engines",
+            "disagg.engines.embedded",
+            "disagg.observe",
+            "disagg.policy",
+            "disagg.router",
+        ),
+        "disagg.security",
+    }
 )
 
 IMPURE = frozenset(

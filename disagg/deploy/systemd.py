@@ -228,7 +228,7 @@ def _polkit(site: Site) -> str:
         "polkit.addRule(function (action, subject) {",
         '    if (action.id === "org.freedesktop.systemd1.manage-units" &&',
         f'        subject.user === "{site.user}" &&',
-        r'        /^disagg-engine@[A-Za-z0-9._-]+\.service$/.test(action.lookup("unit")) &&',
+        r'        /^disagg-engine@[A-Za-z0-9_.:-]+\.service$/.test(action.lookup("unit")) &&',
         '        ["start", "stop", "restart", "reset-failed"].indexOf(action.lookup("verb")) !== -1) {',
         "        return polkit.Result.YES;",
         "    }",

@@ -1,4 +1,4 @@
-"""What an engine must offer: SGLang's own HTTP surface. Here: how one is started.
+"""What an engine must offer: SGLang's own HTTP surface. Here: how one is started, and what is kept to find it again.
 
 Any process that serves SGLang's routes (``/generate``, ``/v1/...``, ``/v1/loads``, ``/server_info``, ``/abort_request``) can be an engine;
 the router never knows which one it talks to.
@@ -7,10 +7,13 @@ the router never knows which one it talks to.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
 from disagg.model import EngineAddress, EngineId, Role
+
+HIDDEN = "***"
 
 
 class EngineLaunch(msgspec.Struct, frozen=True):
@@ -21,6 +24,7 @@ class EngineLaunch(msgspec.Struct, frozen=True):
         env: added to this process's environment.
         ready_file: where the engine writes its ports as one JSON object when it is ready.
         log_file: gets its standard output and error.
+        api_key: what the engine demands of its callers; it stands in `env` as well, where the engine reads it.
     """
 
     id: EngineId
@@ -29,6 +33,10 @@ class EngineLaunch(msgspec.Struct, frozen=True):
     env: dict[str, str]
     ready_file: Path
     log_file: Path
+    api_key: str = ""
+
+    def __repr__(self) -> str:
+        return f"<EngineLaunch {self.id} {self.role}>"  # argv and env may hold secrets
 
 
 class ReadyFile(msgspec.Struct, frozen=True):
@@ -40,8 +48,85 @@ class ReadyFile(msgspec.Struct, frozen=True):
     model: str = ""
     startup_s: float = 0.0
 
-    def address(self, launch: EngineLaunch) -> EngineAddress:
+    def address(self, launch: EngineLaunch | EngineRecord) -> EngineAddress:
         """Where the router reaches it."""
         host, _, port = self.url.removeprefix("http://").rstrip("/").rpartition(":")
         host = host.removeprefix("[").removesuffix("]")
-        return EngineAddress(launch.id, launch.role, host, int(port), self.bootstrap_port or 0, pid=self.pid)
+        return EngineAddress(launch.id, launch.role, host, int(port), self.bootstrap_port or 0, api_key=launch.api_key, pid=self.pid)
+
+
+class EngineRecord(msgspec.Struct, frozen=True):
+    """What the next agent must know to find a running engine again. It holds the engine's key: the file is 0600.
+
+    Attributes:
+        start_ticks: when the process started, clock ticks since boot; with pid and `boot_id` it names one process for all time.
+        boot_id: the kernel's id of this boot.
+        ready: what the engine said when it became ready; None while it starts.
+    """
+
+    id: EngineId
+    role: Role
+    pid: int
+    start_ticks: int
+    boot_id: str
+    argv: tuple[str, ...]
+    log_file: Path
+    ready_file: Path
+    ready: ReadyFile | None = None
+    api_key: str = ""
+
+    def __repr__(self) -> str:
+        return f"<EngineRecord {self.id} {self.role} pid={self.pid} start_ticks={self.start_ticks} ready={self.ready is not None}>"
+
+
+class RunningEngine(Protocol):
+    """An engine process that somebody watches. `EngineProcess` is the real one; a simulation brings its own."""
+
+    @property
+    def id(self) -> EngineId:
+        """The engine's id."""
+
+    @property
+    def pid(self) -> int:
+        """Its process on this host."""
+
+    @property
+    def alive(self) -> bool:
+        """False once its end was seen."""
+
+    def record(self, *, ready: ReadyFile | None = None, api_key: str = "") -> EngineRecord:
+        """What to keep for the next agent; what is left out is as it was known."""
+
+    async def wait(self) -> int | None:
+        """Waits for its end: the exit code, negative for a signal, None where only init knows it."""
+
+    async def wait_ready(self, limit_s: float) -> ReadyFile:
+        """Waits until it wrote its ready file."""
+
+    def log_tail(self) -> str:
+        """The last line of its log that says something."""
+
+    def terminate(self) -> None:
+        """Asks it to end."""
+
+    def kill(self) -> None:
+        """Ends it and all that it started."""
+
+    async def stop(self, limit_s: float) -> bool:
+        """Asks it to end and kills it after `limit_s` seconds. False: not even that helped."""
+
+    def close(self) -> None:
+        """Looks away; the engine goes on."""
+
+
+class Launcher(Protocol):
+    """A way to start engines that survive whoever started them."""
+
+    async def start(self, launch: EngineLaunch) -> RunningEngine:
+        """Starts an engine and returns before it is ready. Raises StartError."""
+
+    async def adopt(self, record: EngineRecord) -> RunningEngine | None:
+        """The running engine of this record, or None when that very process is gone."""
+
+    async def stop(self, engine: RunningEngine, limit_s: float) -> bool:
+        """Ends an engine that `start` or `adopt` gave; SIGKILL after `limit_s` seconds. False: not even that helped."""

@@ -163,6 +163,24 @@ async def test_an_abort_by_rid_frees_in_every_phase(client: Client, trio: Trio, 
         assert last.json["meta_info"]["finish_reason"]["type"] == "abort"
 
 
+async def test_an_abort_of_all_ends_every_running_request(client: Client, trio: Trio) -> None:
+    for engine in trio:
+        await client.faults(engine, "slow:x4")
+    bodies = [greedy(some_prompt(20 + number), 2000, rid=f"many {number}") for number in range(3)]
+    async with asyncio.TaskGroup() as tasks:
+        alone = [tasks.create_task(client.post(trio.unified, "/generate", body)) for body in bodies]
+        pairs = [tasks.create_task(client.both(*trio[1:], "/generate", body)) for body in bodies]
+        for engine in (trio.unified, trio.decode):
+            await client.wait_for(engine, "", "num_running_reqs", len(bodies))
+            assert (await client.post(engine, "/abort_request", {"rid": ""})).status == 200  # nobody's id
+            await client.wait_for(engine, "", "num_running_reqs", len(bodies))
+            assert (await client.post(engine, "/abort_request", {"rid": "", "abort_all": True})).status == 200
+        await client.wait_free(*trio, within_s=ABORT_FREES_WITHIN_S)
+    for answer in [*(task.result() for task in alone), *(task.result()[1] for task in pairs)]:
+        assert answer.status == 200
+        assert answer.json["meta_info"]["finish_reason"]["type"] == "abort"
+
+
 async def test_an_ignored_abort_changes_nothing(client: Client, trio: Trio) -> None:
     await client.faults(trio.unified, "ignore-abort,slow:x4")
     async with asyncio.TaskGroup() as tasks:

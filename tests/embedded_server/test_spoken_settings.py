@@ -22,6 +22,7 @@ from disagg.errors import ConfigError
         ("stall@transfer:65536,corrupt@transfer:0", Faults(stall=Point("transfer", 65536), corrupt=Point("transfer"))),
         ("early-end@token:3,garbage@token:4", Faults(early_end=Point("token", 3), garbage=Point("token", 4))),
         ("refuse:503,late-write,ignore-abort,lie-health", Faults(None, None, None, None, None, None, 1.0, 503, *[True] * 3)),
+        ("refuse-switch", Faults(refuse_switch=True)),
     ],
 )
 def test_faults_are_read(spec: str, expected: Faults) -> None:
@@ -38,6 +39,7 @@ def test_faults_are_read(spec: str, expected: Faults) -> None:
         ("die@prefill:50", "prefill takes 0% to 100%"),
         ("die@prefill:101%", "prefill takes 0% to 100%"),
         ("die@token:5%", "the other places a plain number"),
+        ("refuse-switch:decode", "'refuse-switch:decode' is not known"),
         ("slow:x0.5", "at least 1"),
         ("refuse:200", "400 to 599"),
         ("late-write,late-write", "late-write is given twice"),
@@ -87,6 +89,9 @@ def test_a_stand_in_token_is_a_function_of_what_came_before() -> None:
 def test_flags_have_sglangs_names_and_ranges() -> None:
     flags = parse_flags(["--model-path", "/m/demo", "--disaggregation-mode", "decode"], api_key="from the environment")
     assert (flags.served_model_name, flags.page_size, flags.api_key) == ("demo", 16, "from the environment")
+    assert not flags.enable_pd_role_switch
+    assert not flags.disaggregation_decode_enable_radix_cache
+    assert parse_flags(["--model-path", "/m", "--enable-pd-role-switch"]).enable_pd_role_switch
     for wrong in (["--page-size", "0"], ["--port", "70000"], ["--transfer-stall-timeout", "0"], ["--paced-compute", "off"]):
         with pytest.raises(ConfigError, match=wrong[0]):
             parse_flags(["--model-path", "/m", *wrong])

@@ -86,6 +86,8 @@ def build(flags: Flags) -> Engine:
         pace=pace,
         compute=flags.paced_compute == "on",
         faults=faults,
+        role_switch=flags.enable_pd_role_switch,
+        decode_cache=flags.disaggregation_decode_enable_radix_cache,
     )
     tokenizer = Tokenizer.load(flags.model_path)
     return Engine(Transformer(checkpoint), tokenizer, model_hash(flags.model_path), settings)
@@ -135,7 +137,7 @@ def _say_ready(server: Server, flags: Flags) -> None:
         "pid": os.getpid(),
         "url": server.url,
         "bootstrap_port": engine.bootstrap_port,
-        "role": flags.disaggregation_mode,
+        "role": engine.role,
         "model": flags.served_model_name,
         "startup_s": round(time.monotonic() - STARTED_AT, 3),
     }

@@ -19,11 +19,12 @@ import numpy as np
 from disagg.engines.embedded.faults import Faults
 from disagg.engines.embedded.frames import HandedOver, Hello, Profile
 from disagg.engines.embedded.generation import Ask, Generation, Inbox, InputLogprob, Text
-from disagg.engines.embedded.links import ReceiveLink, SendLink, die
+from disagg.engines.embedded.links import ReceiveLink, SendLink, die, leads_to
 from disagg.engines.embedded.pace import stand_in_token
 from disagg.engines.embedded.pages import PagePool, PrefixCache, pages_for
 from disagg.engines.embedded.sampler import Sampled, Sampler, best_tokens, greedy_batch, input_logprobs, log_softmax
 from disagg.engines.embedded.scheduler import Computed, Finish, Finished, Job, Leg, Made, Phase, Row, Scheduler
+from disagg.engines.embedded.switch import Situation, SwitchBody, Switched, flips, judge
 from disagg.engines.embedded.transfer import Limits, Receiver, Rooms, RoomUsedError, Sender
 from disagg.engines.embedded.transformer import Segment, Transformer
 from disagg.errors import EngineError, NoCapacityError, RequestError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from disagg.engines.embedded.checkpoint import ModelConfig
+    from disagg.engines.embedded.generation import Room
     from disagg.engines.embedded.pace import Pace
     from disagg.engines.embedded.tokens import Tokenizer
 
@@ -46,12 +48,14 @@ class Settings(NamedTuple):
     """What an engine is started with; the defaults are the flags' defaults.
 
     Attributes:
-        role: ``null`` (unified), ``prefill`` or ``decode``, as SGLang says.
+        role: at the start; ``null`` (unified), ``prefill`` or ``decode``, as SGLang says.
         context_length: prompt and answer together, tokens.
         max_total_tokens: size of the KV pool, tokens.
         pace: how long steps last; None: as long as they take.
         compute: False leaves the arithmetic out (paced engines only).
         faults: what goes wrong; None: nothing, and it cannot be set at run time either.
+        role_switch: the role can be changed at run time.
+        decode_cache: decode engines have a prefix cache too.
     """
 
     role: str = "null"
@@ -65,6 +69,8 @@ class Settings(NamedTuple):
     pace: Pace | None = None
     compute: bool = True
     faults: Faults | None = None
+    role_switch: bool = False
+    decode_cache: bool = False
 
 
 class Work(NamedTuple):
@@ -111,7 +117,7 @@ class Totals:
 
 
 class Engine:
-    """Serves one model in one role.
+    """Serves one model, in one role at a time.
 
     Args:
         model: the arithmetic.
@@ -119,6 +125,10 @@ class Engine:
         model_hash: hex, equal on both sides of a handoff.
         settings: see there.
         pool_type: how pages are kept; a test may compose the engine without the quarantine.
+
+    Attributes:
+        role: the live one; ``settings.role`` is the first.
+        bootstrap_port: where decode engines meet this one; 0 if nobody listens.
     """
 
     def __init__(
@@ -132,17 +142,20 @@ class Engine:
     ) -> None:
         self.tokenizer = tokenizer
         self.settings = settings
+        self.role = settings.role
         self.config: ModelConfig = model.config
         self.faults = settings.faults or Faults()
         self.totals = Totals()
         self.hung = False
         self.bootstrap_port = 0
+        self._bound_host = ""
+        self._decoded_before = settings.role == "decode"
         shape = model.config.kv_page_shape(settings.page_size)
         self.profile = Profile(model_hash, "float32", shape)
         self.pool = pool_type(settings.max_total_tokens // settings.page_size, shape)
         self.scheduler: Scheduler[Sampled] = Scheduler(
             self.pool,
-            None if settings.role == "decode" else PrefixCache(self.pool, settings.page_size),
+            self._new_cache(),
             page_size=settings.page_size,
             max_running=settings.max_running_requests,
             chunk_tokens=settings.chunked_prefill_size,
@@ -192,16 +205,22 @@ class Engine:
 
     def leg_of(self, ask: Ask) -> Leg:
         """Which part this engine plays for a request."""
-        if self.settings.role == "null" or (ask.room is not None and ask.room.host == PROBE_HOST):
+        if self.role == "null" or (ask.room is not None and ask.room.host == PROBE_HOST):
             return Leg.LOCAL
-        return Leg.PREFILL if self.settings.role == "prefill" else Leg.DECODE
+        return Leg.PREFILL if self.role == "prefill" else Leg.DECODE
 
     def _refuse(self, ask: Ask) -> None:
         leg = self.leg_of(ask)
         if leg is not Leg.LOCAL and ask.room is None:
             raise RequestError(
-                f"this is a {self.settings.role} engine: bootstrap_host, bootstrap_port and bootstrap_room are needed",
+                f"this is a {self.role} engine: bootstrap_host, bootstrap_port and bootstrap_room are needed",
                 param="bootstrap_room",
+            )
+        if leg is Leg.DECODE and ask.room is not None and self._is_mine(ask.room):
+            raise RequestError(
+                f"the bootstrap address of room {ask.room.number} is this engine's own, but it is a decode engine now: the request was"
+                " sent as to a prefill engine, send it again to a pair of the present roles",
+                param="bootstrap_port",
             )
         if ask.rid in self._keys:
             raise RequestError(f"a request with the id {ask.rid!r} is running", param="rid")
@@ -210,6 +229,10 @@ class Engine:
                 f"{len(ask.prompt)} prompt tokens and {ask.params.max_new_tokens} new ones are more than the"
                 f" {self.settings.max_total_tokens} tokens of this engine's KV pool"
             )
+
+    def _is_mine(self, room: Room) -> bool:
+        """Whether a room is to be met here: on a decode engine, its leg was meant for the prefill engine that this one was."""
+        return bool(self.bootstrap_port) and room.port == self.bootstrap_port and leads_to(room.host, self._bound_host)
 
     def _start(self, ask: Ask, inbox: Inbox, index: int) -> Generation:
         now = time.monotonic()
@@ -285,6 +308,55 @@ class Engine:
             self.scheduler.cache.clear()
         return True
 
+    # --- the role ---
+
+    def switch_role(self, body: SwitchBody) -> Switched:
+        """Change the role, or say why not. There is no moment between looking and changing in which a request could come."""
+        situation = Situation(
+            self.settings.role_switch,
+            self.role,
+            self._busy(),
+            decoded_before=self._decoded_before,
+            broken=self.faults.refuse_switch,
+        )
+        answer = judge(body, situation)
+        if flips(body, answer):
+            self._become(answer.new_role)
+        return answer
+
+    def _busy(self) -> str:
+        """What is not over yet, in words; empty when nothing is."""
+        held = {
+            "samples": self.live,
+            "transfers out": sum(link.sending for link in self._links),
+            "transfers in": len(self._receivers),
+            "pages held": self.pool.held,
+            "pages in quarantine": self.pool.quarantined,
+        }
+        words = [f"{count} {name}" for name, count in held.items() if count]
+        return ", ".join(words) if words or self.scheduler.idle else "a step is being computed"
+
+    def _become(self, role: str) -> None:
+        """The engine is idle: the pool and the weights stay, whatever belongs to the old role goes."""
+        for link in list(self._links):
+            self._turn_away(link, f"this engine stops being a {self.role} engine and becomes a {role} engine")
+        if self.scheduler.cache is not None:
+            self.scheduler.cache.clear()
+        self.role = role
+        self._decoded_before |= role == "decode"
+        self.scheduler.cache = self._new_cache()
+
+    def _new_cache(self) -> PrefixCache | None:
+        """As with SGLang, whose decode engines start without a prefix cache and do not get one by a switch either."""
+        without = "decode" in {self.role, self.settings.role} and not self.settings.decode_cache
+        return None if without else PrefixCache(self.pool, self.settings.page_size)
+
+    def _turn_away(self, link: SendLink, sentence: str) -> None:
+        """A connection whose request is not here and will not come."""
+        link.refuse(sentence)
+        if link.hello is not None:
+            self._rooms.link_gone(link.hello.room, link, sentence, now=time.monotonic())
+
     @property
     def live(self) -> int:
         """Samples that are not finished."""
@@ -319,11 +391,11 @@ class Engine:
             self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def _listen(self, host: str) -> asyncio.Server | None:
-        if self.settings.role != "prefill":
+        if self.role == "null" or (self.role == "decode" and not self.settings.role_switch):
             return None
         loop = asyncio.get_running_loop()
         server = await loop.create_server(self._new_link, host, self.settings.bootstrap_port)
-        self.bootstrap_port = server.sockets[0].getsockname()[1]
+        self._bound_host, self.bootstrap_port = server.sockets[0].getsockname()[:2]
         return server
 
     def _new_link(self) -> SendLink:
@@ -480,6 +552,9 @@ class Engine:
     def kv_greeted(self, link: SendLink, hello: Hello) -> None:
         """Decode named its pages: see whether they fit, and whether the request is here."""
         now = time.monotonic()
+        if self.role != "prefill":
+            self._greeted_in_vain(link, hello)
+            return
         difference = self.profile.difference(hello.profile)
         try:
             key = self._rooms.link_came(hello.room, link, now=now)
@@ -493,6 +568,14 @@ class Engine:
                 self._abort(key, Finish("abort", sentence=difference, status=500))
         elif key is not None:
             self._match(key, link, now)
+
+    def _greeted_in_vain(self, link: SendLink, hello: Hello) -> None:
+        """An engine that is decode now is taken for prefill: by another engine, or by itself, in a leg that was meant for prefill."""
+        sentence = f"the engine at this bootstrap port is a decode engine now, room {hello.room} cannot be met here"
+        link.refuse(sentence)
+        for key, receiver in list(self._receivers.items()):
+            if receiver.machine.hello == hello:
+                self._abort(key, Finish("abort", sentence=sentence, status=400))
 
     def _match(self, key: str, link: SendLink, now: float) -> None:
         assert link.hello is not None
@@ -616,7 +699,7 @@ class Engine:
                 self.hung = True
 
     def __repr__(self) -> str:
-        return f"<Engine {self.settings.role}, {len(self._links)} links in, {len(self._receivers)} out, {self.scheduler!r}>"
+        return f"<Engine {self.role}, {len(self._links)} links in, {len(self._receivers)} out, {self.scheduler!r}>"
 
 
 def _choose_plain(samplers: Sequence[Sampler], logits: Sequence[np.ndarray]) -> list[Outcome | None]:

@@ -24,6 +24,8 @@ class Flags(NamedTuple):
     port: int
     disaggregation_mode: str
     disaggregation_bootstrap_port: int
+    enable_pd_role_switch: bool
+    disaggregation_decode_enable_radix_cache: bool
     page_size: int
     max_total_tokens: int
     max_running_requests: int
@@ -54,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--port", type=int, default=30000, help="HTTP port; 0 takes a free one")
     add("--disaggregation-mode", choices=ROLES, default="null", help="null serves alone")
     add("--disaggregation-bootstrap-port", type=int, default=8998, help="where prefill waits for decode; 0: a free one")
+    add("--enable-pd-role-switch", action="store_true", help="POST /pd_role_switch works; decode listens on its bootstrap port too")
+    radix = "a decode engine has a prefix cache too, and has one after it became prefill"
+    add("--disaggregation-decode-enable-radix-cache", action="store_true", help=radix)
     add("--page-size", type=int, default=16, help="tokens of a KV page; equal on both sides of a pair")
     add("--max-total-tokens", type=int, default=16384, help="size of the KV pool")
     add("--max-running-requests", type=int, default=64, help="requests that hold KV pages at a time")

@@ -6,6 +6,7 @@ A link owns its transport and nothing else. What it learns goes to its owner, th
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
 import signal
 import socket
@@ -56,6 +57,29 @@ def _no_delay(transport: asyncio.BaseTransport) -> None:
     connection = transport.get_extra_info("socket")
     if connection is not None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def leads_to(host: str, bound: str) -> bool:
+    """Whether a connection to ``host`` meets a socket of this machine that listens on the address ``bound``.
+
+    A name is not looked up, that would block: it counts as somewhere else.
+    """
+    try:
+        wanted, own = ipaddress.ip_address(host.strip("[]")), ipaddress.ip_address(bound)
+    except ValueError:
+        return False
+    return _is_local(wanted) if own.is_unspecified else wanted == own
+
+
+def _is_local(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """The system routes to its own addresses from those same addresses. Nothing is sent."""
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((str(address), 9))
+        except OSError:
+            return False
+        return ipaddress.ip_address(probe.getsockname()[0]) == address
 
 
 class ReceiveOwner(Protocol):

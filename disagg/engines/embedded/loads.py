@@ -88,7 +88,7 @@ def _disaggregation(engine: Engine) -> dict[str, Any]:
     totals = engine.totals
     waiting = [job.leg for job in engine.scheduler.jobs.values() if job.phase is Phase.WAITING]
     return {
-        "mode": engine.settings.role,
+        "mode": engine.role,
         "prefill_bootstrap_queue_reqs": engine.scheduler.count(Phase.BOOTSTRAP),
         "prefill_inflight_queue_reqs": engine.scheduler.count(Phase.HANDING_OVER),
         "decode_prealloc_queue_reqs": waiting.count(Leg.DECODE),

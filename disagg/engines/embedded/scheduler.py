@@ -450,6 +450,11 @@ class Scheduler(Generic[Sampled]):
         return sum(job.phase in phases for job in self.jobs.values())
 
     @property
+    def idle(self) -> bool:
+        """Whether no job lives and no step computes, not even for a job that has ended meanwhile."""
+        return not self.jobs and not self._in_flight
+
+    @property
     def waiting_tokens(self) -> int:
         """Prompt tokens that are not computed yet, of jobs that wait or prefill."""
         phases = {Phase.BOOTSTRAP, Phase.WAITING, Phase.PREFILLING}

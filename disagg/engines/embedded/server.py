@@ -18,6 +18,7 @@ from disagg.engines.embedded.engine import PROBE_HOST, Engine
 from disagg.engines.embedded.faults import parse_faults
 from disagg.engines.embedded.generation import Ask, Generation, Inbox, Room
 from disagg.engines.embedded.sampler import SamplingParams
+from disagg.engines.embedded.switch import SwitchBody
 from disagg.errors import ConfigError, DisaggError, NoCapacityError, RequestError
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class Server:
             ("GET", "/get_server_info", self._server_info),
             ("GET", "/metrics", self._metrics),
             ("POST", "/abort_request", self._abort),
+            ("POST", "/pd_role_switch", self._switch_role),
             ("POST", "/flush_cache", self._flush_cache),
             ("GET", "/flush_cache", self._flush_cache),
         ]
@@ -311,7 +313,7 @@ class Server:
     async def _server_info(self, _request: web.Request) -> web.StreamResponse:
         settings, config = self.engine.settings, self.engine.config
         shared = {
-            "disaggregation_mode": settings.role,
+            "disaggregation_mode": self.engine.role,
             "page_size": settings.page_size,
             "max_total_num_tokens": self.engine.pool.size * settings.page_size,
             "kv_bytes_per_token": config.kv_token_bytes,
@@ -325,6 +327,11 @@ class Server:
                 "chunked_prefill_size": settings.chunked_prefill_size,
                 "max_running_requests": settings.max_running_requests,
                 "disaggregation_bootstrap_port": self.engine.bootstrap_port or settings.bootstrap_port,
+                "disaggregation_decode_enable_radix_cache": settings.decode_cache,
+                "enable_pd_role_switch": settings.role_switch,
+                "dtype": self.engine.profile.dtype,
+                "tp_size": 1,
+                "dp_size": 1,
                 "engine": "embedded",
                 "version": __version__,
                 **shared,
@@ -343,6 +350,16 @@ class Server:
             if body.abort_all:
                 self.engine.abort_all()
         return web.Response()
+
+    async def _switch_role(self, request: web.Request) -> web.StreamResponse:
+        body = shapes.decode(await request.read(), SwitchBody)
+        if self.draining:
+            raise NoCapacityError("the engine is stopping")
+        if self.engine.hung and self.engine.settings.role_switch:
+            await asyncio.get_running_loop().create_future()  # as with a real engine: the scheduler would have to answer
+        answer = self.engine.switch_role(body)
+        log.info("switch from %s to %.32s: %s", answer.old_role, answer.new_role, answer.message)
+        return _json(answer._asdict(), status=200 if answer.success else 400)
 
     async def _flush_cache(self, _request: web.Request) -> web.StreamResponse:
         if not self.engine.flush_cache():
