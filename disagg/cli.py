@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +17,9 @@ import typer
 
 from disagg import __version__
 from disagg.config import Config, Setting, default_toml, is_repeatable, parse_config, settings
-from disagg.errors import ConfigError, DisaggError
+from disagg.deploy.systemd import CONFIG_FILE as SYSTEM_CONFIG_FILE
+from disagg.deploy.systemd import USER, Site, unit_files
+from disagg.errors import ConfigError, DisaggError, InstallError
 from disagg.model import Role
 
 CONFIG_FILE = "disagg.toml"
@@ -169,6 +172,48 @@ def check(
         mark = "*" if value != setting.default else " "
         _say(f"{mark} {setting.section}.{setting.key:<26} {value!r:<24} {setting.text}")
     _say("The config is valid. (* differs from the default)")
+
+
+class HostRole(StrEnum):
+    """What a host can be."""
+
+    ROUTER = "router"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    UNIFIED = "unified"
+
+
+@app.command()
+def systemd(
+    role: Annotated[HostRole, typer.Argument(help="What this host does.")],
+    *,
+    install: Annotated[bool, typer.Option("--install", help="Install the units instead of printing them; needs root.")] = False,
+    config: Annotated[Path, typer.Option(help="The config file that the service reads.")] = Path(SYSTEM_CONFIG_FILE),
+    user: Annotated[str, typer.Option(help="The system user that everything runs as; made if missing.")] = USER,
+    root: Annotated[Path, typer.Option("--root", help="Install into this folder as if it were /.")] = Path("/"),
+) -> None:
+    """Print the systemd units of a host, or install them: a hardened service with a watchdog, and each engine in a unit of its own."""
+    site = Site(_own_executable(), _absolute(config), user, (sys.prefix, sys.base_prefix, str(Path(__file__).parent)))
+    if install:
+        from disagg.deploy.install import Installer  # noqa: PLC0415  # only this command needs it
+
+        Installer(site, root=root.absolute(), say=_say).install(role.value)
+        return
+    for path, text in unit_files(role.value, site).items():
+        _say(f"# {path}\n{text}")
+
+
+def _own_executable() -> str:
+    """The `disagg` that runs now, as an absolute path. A link stays a link: upgrades move what it points to."""
+    called, beside = Path(sys.argv[0]), Path(sys.executable).with_name("disagg")
+    found = called if called.name == "disagg" and called.is_file() else beside if beside.is_file() else shutil.which("disagg")
+    if not found:
+        raise InstallError("there is no `disagg` on the PATH that a unit could execute: install disagg, then say this again")
+    return _absolute(found)
+
+
+def _absolute(path: Path | str) -> str:
+    return os.path.abspath(path)  # noqa: PTH100  # `resolve` would follow links
 
 
 def _ttl_s(text: str) -> int:

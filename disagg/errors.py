@@ -2,6 +2,7 @@
 
 DisaggError                  exit 1, HTTP 500
 ├── ConfigError              exit 78             the file or a flag is wrong; names file, key, value, what is allowed
+├── InstallError             exit 1              the units could not be installed: not root, a file or a command failed
 ├── StartError               exit 1              this host cannot start: port in use, model folder missing, engine died
 ├── RequestError             HTTP 400            the client's fault; never counts against an engine
 │   ├── UnknownModelError    HTTP 404
@@ -39,6 +40,10 @@ class ConfigError(DisaggError):
 
     kind = "configuration_error"
     exit_code = 78  # EX_CONFIG of sysexits.h: systemd shows it as "configuration error"
+
+
+class InstallError(DisaggError):
+    """The units could not be installed on this machine."""
 
 
 class StartError(DisaggError):

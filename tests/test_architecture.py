@@ -19,6 +19,7 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.config",
             "disagg.handoff",
             "disagg.cluster.detector",
+            "disagg.deploy.systemd",
             "disagg.engines.progress",
             "disagg.engines.restart",
             "disagg.policy.route",
@@ -45,6 +46,7 @@ ROOMS: dict[str, frozenset[str]] = {
         {
             "disagg.ids",
             "disagg.cluster.controller",
+            "disagg.deploy.install",
             "disagg.engines.base",
             "disagg.engines.process",
             "disagg.engines.embedded.engine",
@@ -55,6 +57,7 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.engines.embedded.transformer",
             "disagg.observe.log",
             "disagg.observe.metrics",
+            "disagg.observe.notify",
             "disagg.router.app",
             "disagg.router.attempt",
             "disagg.router.client",
@@ -72,7 +75,15 @@ ROOMS: dict[str, frozenset[str]] = {
 }
 PACKAGES = frozenset(
     {
-        *("disagg.cluster", "disagg.engines", "disagg.engines.embedded", "disagg.observe", "disagg.policy", "disagg.router"),
+        *(
+            "disagg.cluster",
+            "disagg.deploy",
+            "disagg.engines",
+            "disagg.engines.embedded",
+            "disagg.observe",
+            "disagg.policy",
+            "disagg.router",
+        ),
         "disagg.security",
     }
 )

@@ -94,7 +94,7 @@ def test_help_lists_the_commands_that_exist_and_no_stub(tmp_path: Path) -> None:
     result = run("--help", cwd=tmp_path)
     assert result.returncode == 0
     listed = [line.split()[0] for line in result.stdout.partition("Commands:")[2].splitlines() if line.strip()]
-    assert sorted(listed) == ["check", "keygen", "serve", "token", "up"]
+    assert sorted(listed) == ["check", "keygen", "serve", "systemd", "token", "up"]
 
 
 @pytest.mark.parametrize(("command", "sections"), [("serve", ("router", "observe")), ("up", ("router", "engine", "observe"))])

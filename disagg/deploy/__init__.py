@@ -1,0 +1,1 @@
+"""Bringing disagg onto machines: systemd units and their installation."""
