@@ -7,6 +7,7 @@ DisaggError                  exit 1, HTTP 500
 ├── RequestError             HTTP 400            the client's fault; never counts against an engine
 │   ├── UnknownModelError    HTTP 404
 │   ├── BodyTooLargeError    HTTP 413
+│   ├── OrderError           HTTP 409            what a person ordered cannot be done, or not to this engine
 │   ├── NameTakenError       HTTP 409            a host's name or key is registered to another host
 │   └── ClientGoneError      HTTP 499            nobody is left to read the answer (logs and metrics only)
 ├── NoCapacityError          HTTP 503            no engine can take it now; carries Retry-After
@@ -77,6 +78,18 @@ class BodyTooLargeError(RequestError):
     """The body is over the limit; it was not read to the end."""
 
     status = 413
+
+
+class OrderError(RequestError):
+    """An order that cannot be carried out, with the reason.
+
+    Attributes:
+        status: 404 for an engine or host that is not there, else 409.
+    """
+
+    def __init__(self, sentence: str, status: int = 409) -> None:
+        super().__init__(sentence)
+        self.status = status
 
 
 class NameTakenError(RequestError):

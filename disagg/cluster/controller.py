@@ -1,31 +1,119 @@
-"""The router's eyes: probes each engine, feeds its detector, publishes a frozen view."""
+"""The router's table of engines: feeds each one's detector, publishes a frozen view, carries out what was ordered.
+
+    probes, reports, host verdicts ──► detectors (decide) ──► ClusterView ──► the relay reads it
+    orders of people               ──► changes   (decide) ──► orders to agents, canaries, overlays
+
+One beat every `BEAT_S` asks all machines for what is due. It notices how late it is itself: time in which the router did not run is nobody's
+silence, and what a probe says that was under way meanwhile proves nothing.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
-import aiohttp
 import msgspec
 import structlog
 
-from disagg.cluster.detector import Answered, EngineDetector, Event, Exited, Probe, Refused, Tick, TimedOut
-from disagg.model import ClusterView, EngineAddress, EngineFacts, EngineId, EngineLoad, EngineState
+from disagg.cluster.change import (
+    FINAL,
+    BecameIdle,
+    BecameReady,
+    CanaryEnded,
+    Change,
+    Limits,
+    OrderAnswered,
+    PutBack,
+    RunCanary,
+    SendOrder,
+    TakeOut,
+    WasLost,
+)
+from disagg.cluster.change import Command as ChangeCommand
+from disagg.cluster.change import Event as ChangeEvent
+from disagg.cluster.change import Phase as ChangePhase
+from disagg.cluster.change import Tick as ChangeTick
+from disagg.cluster.detector import (
+    EngineDetector,
+    Event,
+    Exited,
+    FailOver,
+    HostJudged,
+    Ordered,
+    Probe,
+    ProbeVoided,
+    Publish,
+    Refused,
+    Reported,
+    Stalled,
+    Tick,
+    TimedOut,
+    Troubled,
+)
+from disagg.cluster.prober import Prober
+from disagg.errors import DisaggError, OrderError
+from disagg.model import (
+    Choice,
+    ClusterView,
+    EngineAddress,
+    EngineFacts,
+    EngineId,
+    EngineState,
+    EngineView,
+    HostId,
+    HostState,
+    HostView,
+    Role,
+)
+from disagg.wire.messages import EngineReport
 
+BEAT_S = 0.05
+LAG_S = 0.5
+LOADS_SHOWN_S = 0.1
+"""How old the loads in the view may be; a change of state is published at once."""
 FACTS_FOR_S = 10.0  # an engine that was restarted between two probes may serve another model: it is asked again now and then
+CHANGES_KEPT = 64
+ENGINES_PER_HOST = 64
+
+
+class DataPath(Protocol):
+    """What the controller needs of the relay."""
+
+    def engine_lost(self, engine: EngineId, cause: str) -> None:
+        """Nothing that runs on this engine will be answered."""
+
+    def last_bytes_at(self, engine: EngineId) -> float:
+        """When bytes of a running answer last came from it, on the loop's clock; 0 for never."""
+
+    def legs_of(self, slot: int) -> int:
+        """How many legs run on the engine in this slot."""
+
+    async def prove(self, choice: Choice) -> str:
+        """Has a pair, or a unified engine, answer one small request; raises DisaggError."""
+
+
+class Hosts(Protocol):
+    """What the controller needs of the control plane."""
+
+    async def order(self, host: HostId, engine: EngineId, action: str, role: Role | None, cause: str) -> tuple[bool, str]:
+        """Tells a host's agent to do something; what it answered."""
 
 
 class Controller:
-    """Watches a fixed set of engines.
+    """The table.
 
     Args:
-        addresses: the engines; their order gives the slots.
-        probe_interval_s: how often a ready engine is looked at.
-        probe_timeout_s: how long it may take to answer.
+        addresses: engines without an agent, given by URL; they never go.
+        probe_interval_s: how often a ready one of these is looked at.
+        probe_timeout_s: how long an engine may take to answer.
+        change_limits: of drains, switches and restarts.
+        may_join: hosts can join as well.
 
     Attributes:
         view: the current view; replaced whole, never changed.
+        changes: those under way and the last ones that ended, oldest first.
     """
 
     def __init__(
@@ -35,138 +123,425 @@ class Controller:
         probe_interval_s: float,
         probe_timeout_s: float,
         log: structlog.typing.FilteringBoundLogger,
+        change_limits: Limits | None = None,
+        may_join: bool = False,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._timeout = aiohttp.ClientTimeout(total=probe_timeout_s)
         self._log = log
+        self._prober = Prober(probe_timeout_s)
+        self._interval_s = probe_interval_s
+        self._change_limits = change_limits or Limits()
+        self._may_join = may_join
         now = self._loop.time()
-        self._detectors = {
-            a.id: EngineDetector(a, slot=slot, probe_interval_s=probe_interval_s, now=now) for slot, a in enumerate(addresses)
-        }
-        self._pokes = {a.id: asyncio.Event() for a in addresses}
-        self._changed = asyncio.Condition()
+        self._detectors = {a.id: EngineDetector(a, slot=i, probe_interval_s=probe_interval_s, now=now) for i, a in enumerate(addresses)}
+        self._slots = len(addresses)
+        self._hosts: dict[HostId, HostView] = {}
+        self._drained: dict[EngineId, str] = {}
         self._facts_until: dict[EngineId, float] = {}
-        self.view = ClusterView.of(d.view for d in self._detectors.values())
+        self._running: dict[EngineId, tuple[Change, int]] = {}  # with the pid that it began with
+        self.changes: dict[int, Change] = {}
+        self._change_ids = 0
+        self._waiting: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+        self._stale_at: float | None = None  # since when the view shows loads that are not the newest
+        self._stalled_at = 0.0
+        self._data: DataPath | None = None
+        self._control: Hosts | None = None
+        self._tasks: asyncio.TaskGroup | None = None
+        self._wake = asyncio.Event()
+        self.on_beat: Callable[[float, float], None] | None = None
+        self.view = self._make_view()
+
+    def attach(self, data: DataPath, control: Hosts | None = None) -> None:
+        """Makes it known to the relay and to the control plane, which are built after it."""
+        self._data = data
+        self._control = control
+
+    # --- life
 
     async def run(self) -> None:
         """Watches until cancelled."""
-        async with aiohttp.ClientSession(timeout=self._timeout) as session, asyncio.TaskGroup() as group:
-            for detector in self._detectors.values():
-                group.create_task(self._watch(detector, session), name=f"watch {detector.view.id}")
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                await self._beat_on()
+        finally:
+            self._tasks = None
+            await self._prober.close()
+
+    async def _beat_on(self) -> None:
+        while True:
+            expected = self._loop.time() + BEAT_S
+            try:
+                async with asyncio.timeout_at(expected):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+            self._wake.clear()
+            now = self._loop.time()
+            lag_s = now - expected
+            if lag_s > LAG_S:
+                self._slept(lag_s, now)
+            if self.on_beat is not None:
+                self.on_beat(now, lag_s if lag_s > LAG_S else 0.0)
+            self._beat(now)
+
+    def _slept(self, lag_s: float, now: float) -> None:
+        self._log.warning("the router itself stood still; nobody's silence in that time counts", seconds=round(lag_s, 2))
+        self._stalled_at = now
+        for detector in self._detectors.values():
+            detector.handle(Stalled(lag_s), now=now)
+
+    def _beat(self, now: float) -> None:
+        for detector in list(self._detectors.values()):
+            due = detector.next_deadline()
+            if due is not None and now >= due:
+                self._feed(detector, Tick(self._last_bytes_at(detector.id)))
+        for engine, (change, pid) in list(self._running.items()):
+            self._look_at_change(engine, change, pid, now)
+        if self._stale_at is not None and now - self._stale_at >= LOADS_SHOWN_S:
+            self._publish()
+
+    def _last_bytes_at(self, engine: EngineId) -> float:
+        return 0.0 if self._data is None else self._data.last_bytes_at(engine)
+
+    # --- waiting
 
     async def wait_ready(self) -> None:
         """Returns when a request can be served."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self.view.why_not_ready())
+        await self._wait_for(lambda: not self.view.why_not_ready())
 
     async def wait_settled(self) -> None:
         """Returns when no engine is starting any more."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: all(e.state is not EngineState.STARTING for e in self.view.engines))
+        await self._wait_for(lambda: all(e.state is not EngineState.STARTING for e in self.view.engines))
+
+    async def _wait_for(self, is_so: Callable[[], bool]) -> None:
+        if is_so():
+            return
+        waiter = (is_so, self._loop.create_future())
+        self._waiting.append(waiter)
+        try:
+            await waiter[1]
+        finally:
+            self._waiting.remove(waiter)
+
+    # --- what others report
 
     def refused(self, engine: EngineId) -> None:
         """The data path was refused a connection: look at that engine at once."""
-        self._detectors[engine].look_soon(self._loop.time())
-        self._pokes[engine].set()
+        detector = self._detectors.get(engine)
+        if detector is not None:
+            detector.handle(Troubled(), now=self._loop.time())
+            self._wake.set()
 
-    async def exited(self, engine: EngineId, code: int) -> None:
+    def exited(self, engine: EngineId, code: int | None) -> None:
         """The process of an engine ended."""
-        await self._feed(self._detectors[engine], Exited(code))
-        self._pokes[engine].set()
+        self._feed(self._detectors[engine], Exited(code))
 
-    async def _watch(self, detector: EngineDetector, session: aiohttp.ClientSession) -> None:
-        poke = self._pokes[detector.view.id]
-        while True:
-            due = detector.next_deadline()
-            assert due is not None
-            try:
-                async with asyncio.timeout_at(due):
-                    await poke.wait()
-            except TimeoutError:
-                pass
-            poke.clear()
-            for command in detector.handle(Tick(), now=self._loop.time()):
-                if isinstance(command, Probe):
-                    await self._look(detector, session)
+    def host_changed(self, host: HostView, *, engines_gone: bool = False) -> None:
+        """The control plane thinks otherwise of a host."""
+        self._hosts[host.id] = host
+        for detector in self._of(host.id):
+            self._feed(detector, HostJudged(host.state, host.reason, self._last_bytes_at(detector.id), engines_gone))
+        self._publish()
 
-    async def _look(self, detector: EngineDetector, session: aiohttp.ClientSession) -> None:
-        before = detector.view.state
-        event = await self._probe(detector.view.address, session)
-        if detector.view.state is EngineState.DEAD and before is not EngineState.DEAD:
-            return  # its process ended while the probe was under way: what it said is the past
-        await self._feed(detector, event)
+    def host_forgotten(self, host: HostId, cause: str) -> None:
+        """The host is no longer part of the cluster, and neither are its engines."""
+        self._hosts.pop(host, None)
+        for detector in list(self._of(host)):
+            self._drop(detector, cause)
+        self._publish()
 
-    async def _feed(self, detector: EngineDetector, event: Event) -> None:
+    def reported(self, host: HostId, reports: Iterable[EngineReport]) -> list[str]:
+        """An agent says how its engines are. Returns what is wrong with that, one sentence each."""
+        faults = []
+        seen = set()
+        for report in list(reports)[:ENGINES_PER_HOST]:
+            detector = self._detectors.get(report.id) or self._add(host, report)
+            if detector.view.host != host:
+                faults.append(f"the engine id {report.id} is taken by {detector.view.host or 'an engine that was given by URL'}")
+                continue
+            seen.add(report.id)
+            self._feed(detector, Reported(report))
+        for detector in list(self._of(host)):
+            if detector.id not in seen:
+                self._drop(detector, "its host does not have it any more")
+                self._publish()
+        return faults
+
+    def _of(self, host: HostId) -> list[EngineDetector]:
+        return [d for d in self._detectors.values() if d.view.host == host]
+
+    def _add(self, host: HostId, report: EngineReport) -> EngineDetector:
+        address = EngineAddress(report.id, report.role, report.host, report.port, report.bootstrap_port)
+        slot = self._slots
+        self._slots += 1
+        now = self._loop.time()
+        detector = EngineDetector(address, slot=slot, probe_interval_s=self._interval_s, now=now, host=host)
+        self._detectors[report.id] = detector
+        return detector
+
+    def _drop(self, detector: EngineDetector, cause: str) -> None:
+        del self._detectors[detector.id]
+        self._drained.pop(detector.id, None)
+        self._log.info("engine gone", engine=detector.id, reason=cause)
+        if self._data is not None:
+            self._data.engine_lost(detector.id, cause)
+
+    # --- machines at work
+
+    def _feed(self, detector: EngineDetector, event: Event) -> None:
         before = detector.view
-        detector.handle(event, now=self._loop.time())
-        view = detector.view
-        if view == before:
-            return
+        published = False
+        for command in detector.handle(event, now=self._loop.time()):
+            match command:
+                case Probe(patience_s=patience_s):
+                    self._spawn(self._look(detector, patience_s), f"look at {detector.id}")
+                case FailOver(cause=cause):
+                    self._fail_over(detector, cause)
+                case Publish():
+                    published = True
+        if published:
+            self._show(before, detector.view)
+
+    def _show(self, before: EngineView, view: EngineView) -> None:
+        """A new state, place or fact is shown at once; new loads with the next beat that is due."""
         if view.state is not before.state:
             self._log.info("engine changed", engine=view.id, was=before.state.value, now=view.state.value, reason=view.reason)
-        self.view = ClusterView.of(d.view for d in self._detectors.values())
-        async with self._changed:
-            self._changed.notify_all()
+        if (view.state, view.address, view.facts) != (before.state, before.address, before.facts) or view.id not in self._shown:
+            self._publish()
+        elif self._stale_at is None:
+            self._stale_at = self._loop.time()
 
-    async def _probe(self, address: EngineAddress, session: aiohttp.ClientSession) -> Event:
+    def _fail_over(self, detector: EngineDetector, cause: str) -> None:
+        if self._data is not None:
+            self._data.engine_lost(detector.id, cause)
+
+    def _publish(self) -> None:
+        self._stale_at = None
+        self.view = self._make_view()
+        for is_so, waiter in self._waiting:
+            if not waiter.done() and is_so():
+                waiter.set_result(None)
+
+    def _make_view(self) -> ClusterView:
+        views = sorted((d.view for d in self._detectors.values()), key=lambda v: v.slot)
+        self._shown = frozenset(v.id for v in views)
+        return ClusterView.of(views, (self._hosts[h] for h in sorted(self._hosts)), may_join=self._may_join)
+
+    async def _look(self, detector: EngineDetector, patience_s: float | None) -> None:
+        address, began = detector.view.address, self._loop.time()
+        known = self._known(detector)
+        died_before = detector.view.state is EngineState.DEAD
+        event: Event = await self._prober.look(address, known, patience_s)
+        if self._detectors.get(detector.id) is not detector or detector.view.address is not address:
+            event = ProbeVoided()  # it has moved meanwhile
+        elif self._stalled_at >= began and isinstance(event, Refused | TimedOut):
+            event = ProbeVoided()
+        elif detector.view.state is EngineState.DEAD and not died_before:
+            event = ProbeVoided()  # its process ended while the probe was under way: what it said is the past
+        elif known is None:
+            self._facts_until[detector.id] = self._loop.time() + FACTS_FOR_S
+        self._feed(detector, event)
+        self._wake.set()
+
+    def _known(self, detector: EngineDetector) -> EngineFacts | None:
+        fresh = detector.view.state is EngineState.READY and self._loop.time() < self._facts_until.get(detector.id, 0.0)
+        return detector.view.facts if fresh else None
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        if self._tasks is None:
+            work.close()  # nobody watches any more
+        else:
+            self._tasks.create_task(work, name=name)
+
+    # --- what people order
+
+    def engine(self, engine: str) -> EngineView:
+        """The engine of this id.
+
+        Raises:
+            OrderError: there is none.
+        """
+        detector = self._detectors.get(EngineId(engine))
+        if detector is None:
+            known = ", ".join(sorted(self._detectors)) or "none"
+            raise OrderError(f"there is no engine {engine!r}; there is {known}", status=404)
+        return detector.view
+
+    async def drain(self, engine: str, cause: str) -> str:
+        """Takes an engine out of service; what runs goes on. Says what happens."""
+        view = self.engine(engine)
+        if view.id in self._drained:
+            return f"{engine} is drained already: {self._drained[view.id]}; {self._load_text(view)}"
+        reason = f"drained: {cause}"
+        self._drained[view.id] = reason
+        self._overlay(view.id)
+        await self._tell_agent(view, "drain", reason)
+        return f"{engine} takes no new work; {self._load_text(view)}{self._last_one_text(view)}"
+
+    async def undrain(self, engine: str, cause: str) -> str:
+        """Brings an engine back into service. Says what happens."""
+        view = self.engine(engine)
+        was = self._drained.pop(view.id, None)
+        self._overlay(view.id)
+        await self._tell_agent(view, "undrain", cause)
+        now = self.engine(engine)
+        if was is None and view.state is not EngineState.DRAINING:
+            return f"{engine} was not drained; it is {now.state}: {now.reason}"
+        return f"{engine} is back in service; it is {now.state}: {now.reason}"
+
+    def _load_text(self, view: EngineView) -> str:
+        legs = 0 if self._data is None else self._data.legs_of(view.slot)
+        return f"{legs} running request{'s' * (legs != 1)} may finish" if legs else "nothing runs on it"
+
+    def _last_one_text(self, view: EngineView) -> str:
+        why = self.view.why_not_ready()
+        return f"; beware: no request can be served now, {why}" if why else ""
+
+    async def _tell_agent(self, view: EngineView, action: str, cause: str) -> None:
+        """The agent remembers a drain, so that it outlives a restart of the router."""
+        if view.host and self._control is not None:
+            done, sentence = await self._control.order(view.host, view.id, action, None, cause)
+            if not done:
+                self._log.warning("the agent was not told", engine=view.id, action=action, why=sentence)
+
+    def _overlay(self, engine: EngineId) -> None:
+        detector = self._detectors.get(engine)
+        if detector is None:
+            return
+        reason = self._drained.get(engine)
+        self._feed(detector, Ordered(EngineState.DRAINING if reason else None, reason or ""))
+
+    def flip(self, engine: str, role: Role, cause: str) -> int:
+        """Begins to move an engine to another role; returns the number of the change.
+
+        Raises:
+            OrderError: it cannot be done, with the reason.
+        """
+        view = self._changeable(engine)
+        if role is view.address.role:
+            raise OrderError(f"{engine} is a {role} engine already", status=409)
+        if Role.UNIFIED in {role, view.address.role}:
+            raise OrderError(f"{engine} cannot be flipped from {view.address.role} to {role}: only prefill and decode change places", 409)
+        return self._begin(view, role, live=True, cause=cause)
+
+    def restart(self, engine: str, cause: str) -> int:
+        """Begins to restart an engine; returns the number of the change. Raises OrderError."""
+        view = self._changeable(engine)
+        return self._begin(view, view.address.role, live=False, cause=cause)
+
+    def _changeable(self, engine: str) -> EngineView:
+        view = self.engine(engine)
+        if not view.host:
+            raise OrderError(f"{engine} was given by URL and has no agent that could change it", status=409)
+        host = self._hosts.get(view.host)
+        if host is None or host.state is not HostState.ONLINE:
+            raise OrderError(f"the host {view.host} of {engine} cannot be reached: {host.reason if host else 'it is gone'}", status=409)
+        if view.id in self._running:
+            raise OrderError(f"{engine} is being changed already: {self._running[view.id][0].outcome}", status=409)
+        return view
+
+    def _begin(self, view: EngineView, role: Role, *, live: bool, cause: str) -> int:
+        now = self._loop.time()
+        if view.state in {EngineState.DEAD, EngineState.HELD} and live:
+            raise OrderError(f"{view.id} is {view.state} ({view.reason}): restart it first", status=409)
+        change = Change(view.id, view.address.role, role, live=live, cause=cause, limits=self._change_limits, now=now)
+        self._change_ids += 1
+        self.changes[self._change_ids] = change
+        while len(self.changes) > CHANGES_KEPT:
+            self.changes.pop(next(iter(self.changes)))
+        self._running[view.id] = (change, view.address.pid)
+        self._carry_out(change, change.begin(now))
+        return self._change_ids
+
+    def _look_at_change(self, engine: EngineId, change: Change, pid: int, now: float) -> None:
+        detector = self._detectors.get(engine)
+        view = detector.view if detector is not None else None
+        event: ChangeEvent = ChangeTick()
+        if view is None:
+            event = WasLost("its host does not have it any more")
+        elif change.phase is ChangePhase.DRAINING and (self._is_idle(view) or not change.live and view.state in _DOWN):
+            event = BecameIdle()
+        elif view.state in _DOWN and change.phase is not ChangePhase.RESTARTING:
+            event = WasLost(view.reason)
+        elif change.phase is ChangePhase.RESTARTING and view.address.pid != pid and self._serves(view):
+            event = BecameReady(view.address.role)
+        self._advance(change, event, now)
+
+    def _is_idle(self, view: EngineView) -> bool:
+        """The router has no leg there, and the engine itself has nothing: old legs may have been sent by a router before this one."""
+        legs = 0 if self._data is None else self._data.legs_of(view.slot)
+        return legs == 0 and view.load.running + view.load.waiting == 0
+
+    def _serves(self, view: EngineView) -> bool:
+        return view.state in {EngineState.SWITCHING, EngineState.DRAINING, EngineState.READY} and bool(view.facts.model)
+
+    def _advance(self, change: Change, event: ChangeEvent, now: float) -> None:
+        if change.phase not in FINAL:
+            commands = change.handle(event, now=now)
+            if commands:
+                self._carry_out(change, commands)
+        if change.phase in FINAL:
+            self._running.pop(change.engine, None)
+            self._log.info(change.verb, engine=change.engine, outcome=change.outcome)
+
+    def _carry_out(self, change: Change, commands: Iterable[ChangeCommand]) -> None:
+        detector = self._detectors.get(change.engine)
+        for command in commands:
+            if detector is None:
+                return
+            match command:
+                case TakeOut(state=state, reason=reason):
+                    self._feed(detector, Ordered(state, reason))
+                case SendOrder(action=action, role=role, cause=cause):
+                    self._spawn(self._order(change, detector, action, role, cause), f"order for {change.engine}")
+                case RunCanary():
+                    self._spawn(self._canary(change, detector), f"canary for {change.engine}")
+                case PutBack():
+                    self._overlay(change.engine)
+
+    async def _order(self, change: Change, detector: EngineDetector, action: str, role: Role, cause: str) -> None:
+        assert self._control is not None
+        done, sentence = await self._control.order(detector.view.host, change.engine, action, role, cause)
+        self._advance(change, OrderAnswered(done, sentence), self._loop.time())
+
+    async def _canary(self, change: Change, detector: EngineDetector) -> None:
+        choice = self._partnered(detector.view, change.role)
+        if choice is None:
+            answer = CanaryEnded(done=True, sentence="no partner was there to prove it with")
+        else:
+            answer = await self._prove(choice)
+        self._advance(change, answer, self._loop.time())
+
+    async def _prove(self, choice: Choice) -> CanaryEnded:
+        assert self._data is not None
         try:
-            known = self._detectors[address.id].view
-            fresh = known.state is EngineState.READY and self._loop.time() < self._facts_until.get(address.id, 0.0)
-            facts, mode = (known.facts, "") if fresh else await self._facts(address, session)
-            loads = await self._get(address, session, "/v1/loads?include=core,disagg,queues,memory")
-            return Answered(facts, _load(loads), mode)
-        except aiohttp.ClientConnectorError:
-            return Refused()
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            return TimedOut(f"its probe failed: {type(error).__name__}")
-        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-            return TimedOut(f"its answer to a probe makes no sense: {type(error).__name__}")
+            return CanaryEnded(done=True, sentence=await self._data.prove(choice))
+        except DisaggError as error:
+            return CanaryEnded(done=False, sentence=str(error))
 
-    async def _facts(self, address: EngineAddress, session: aiohttp.ClientSession) -> tuple[EngineFacts, str]:
-        models = await self._get(address, session, "/v1/models")
-        info = await self._get(address, session, "/server_info")
-        self._facts_until[address.id] = self._loop.time() + FACTS_FOR_S
-        return _facts(models, info)
+    def _partnered(self, view: EngineView, role: Role) -> Choice | None:
+        view = msgspec.structs.replace(view, address=msgspec.structs.replace(view.address, role=role))
+        pool = self.view.pools.get(view.facts.model)
+        others = () if pool is None else pool.decode if role is Role.PREFILL else pool.prefill
+        partner = next((e for e in others if e.id != view.id and not e.facts.why_not_paired_with(view.facts)), None)
+        if partner is None:
+            return None
+        prefill, decode = (view, partner) if role is Role.PREFILL else (partner, view)
+        return Choice(prefill, decode, f"the canary of {view.id}'s switch")
 
-    async def _get(self, address: EngineAddress, session: aiohttp.ClientSession, path: str) -> dict[str, Any]:
-        headers = {"Authorization": f"Bearer {address.api_key}"} if address.api_key else {}
-        async with session.get(address.url + path, headers=headers) as response:
-            response.raise_for_status()
-            return msgspec.json.decode(await response.read(), type=dict[str, Any])
+    # --- what people look at
 
+    def story(self, engine: str) -> list[tuple[float, str]]:
+        """What happened to an engine, as far as it is kept."""
+        return list(self._detectors[self.engine(engine).id].history)
 
-def _facts(models: Mapping[str, Any], info: Mapping[str, Any]) -> tuple[EngineFacts, str]:
-    """Reads what SGLang's ``/v1/models`` and ``/server_info`` say; the embedded engine adds its model hash and KV size."""
-    listed = models.get("data") or [{}]
-    internal = (info.get("internal_states") or [{}])[0]
-    mode = internal.get("disaggregation_mode") or info.get("disaggregation_mode") or ""
-    facts = EngineFacts(
-        model=str(listed[0].get("id") or ""),
-        model_hash=str(info.get("model_hash") or ""),
-        page_size=_whole(info.get("page_size")),
-        context_tokens=_whole(listed[0].get("max_model_len") or info.get("context_length")),
-        kv_bytes_per_token=_whole(info.get("kv_bytes_per_token")),
-        version=str(info.get("version") or ""),
-    )
-    return facts, str(mode)
+    def counts(self) -> Mapping[str, int]:
+        """Engines by state."""
+        return Counter(d.view.state.value for d in self._detectors.values())
+
+    def __repr__(self) -> str:
+        return f"<Controller {dict(self.counts())} changes={len(self._running)}>"
 
 
-def _load(answer: Mapping[str, Any]) -> EngineLoad:
-    """Sums SGLang's ``/v1/loads`` over its data-parallel ranks."""
-    ranks = [r for r in answer.get("loads") or [answer] if isinstance(r, dict)]
-
-    def total(*names: str) -> int:
-        return sum(next((_whole(r[n]) for n in names if r.get(n) is not None), 0) for r in ranks)
-
-    moved = sum(_whole((r.get("disaggregation") or {}).get("kv_transfer_bytes_total")) for r in ranks)
-    return EngineLoad(
-        running=total("num_running_reqs"),
-        waiting=total("num_waiting_reqs"),
-        kv_used_tokens=total("num_used_tokens"),
-        kv_total_tokens=total("max_total_num_tokens", "num_total_tokens"),
-        kv_transfer_bytes=moved,
-    )
-
-
-def _whole(value: object) -> int:
-    return int(value) if isinstance(value, int | float) else 0
+_DOWN = frozenset({EngineState.DEAD, EngineState.HELD})

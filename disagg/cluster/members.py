@@ -188,6 +188,11 @@ class Members:
         seat = self._seats.get(host)
         return None if seat is None else seat.view.state
 
+    def engines_stay(self, host: HostId) -> bool:
+        """Whether the engines of a host that left go on without their agent."""
+        seat = self._seats.get(host)
+        return seat is not None and seat.engines_stay
+
     def session(self, host: HostId) -> bytes | None:
         """Where messages to this host go; None when nobody is there to hear them."""
         seat = self._seats.get(host)

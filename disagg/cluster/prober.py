@@ -37,6 +37,7 @@ class Prober:
         """Asks an engine how it is. Never raises for what an engine does.
 
         Args:
+            address: where it is.
             known: what it is, if that need not be asked again.
             patience_s: None for the usual.
         """
@@ -66,6 +67,11 @@ class Prober:
         async with self._open().get(address.url + path, headers=_headers(address)) as response:
             response.raise_for_status()
             return msgspec.json.decode(await response.read(), type=dict[str, Any])
+
+    async def touch(self, address: EngineAddress, path: str) -> None:
+        """Asks for a path and wants nothing but success. Raises as `get`."""
+        async with self._open().get(address.url + path, headers=_headers(address)) as response:
+            response.raise_for_status()
 
     async def post(self, address: EngineAddress, path: str, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
         """Posts JSON; returns the status and the answer's object, empty where it is none. Raises as `get`, but not for a status."""

@@ -68,9 +68,13 @@ class Registry:
             RequestError: the name or the key cannot be one.
             StartError: it cannot be stored, and then it does not count either.
         """
+        self.refuse(registration)
+        self._save([*(r for r in self.all() if r.name != registration.name), registration])
+
+    def refuse(self, registration: Registration) -> None:
+        """Raises what `register` would raise for this registration, and changes nothing."""
         self._refuse_nonsense(registration)
         self._refuse_taken(registration)
-        self._save([*(r for r in self.all() if r.name != registration.name), registration])
 
     def revoke(self, name: str) -> Registration | None:
         """Shuts a host out from now on; None if there is none of this name.

@@ -1,0 +1,256 @@
+"""The router's end of the control plane: frames in, frames out, and who belongs to the cluster.
+
+    ControlServer ──► Head ──► Registrar   (may this key speak, and under which name)
+                        ├────► Members     (which hosts are there; decides)
+                        └────► Controller  (their engines)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
+
+import msgspec
+import structlog
+
+from disagg import __version__
+from disagg.cluster.controller import Controller
+from disagg.cluster.members import (
+    Command,
+    Event,
+    ForgetHost,
+    GoodbyeSeen,
+    HeartbeatSeen,
+    HelloSeen,
+    HostRevoked,
+    Members,
+    PublishHost,
+    SendAck,
+    SendRefusal,
+    SendWelcome,
+    Stalled,
+    TakeReports,
+    Tick,
+)
+from disagg.cluster.registrar import Registrar
+from disagg.cluster.transport import Complaints
+from disagg.errors import OrderError
+from disagg.model import EngineId, HostId, HostState, HostView, Role
+from disagg.wire.codec import FrameError, encode, to_router
+from disagg.wire.messages import Ack, Answer, Goodbye, Heartbeat, Hello, Message, Order, Refused, Register, ToRouter, Welcome
+
+ORDER_LIMIT_S = {"switch": 70.0, "restart": 10.0, "drain": 3.0, "undrain": 3.0}
+
+Send = Callable[[bytes, bytes], None]
+SpawnTask = Callable[[Coroutine[Any, Any, None], str], Any]
+
+
+class HostRow(msgspec.Struct, frozen=True):
+    """A registered host, as `disagg hosts ls` shows it."""
+
+    name: str
+    roles: tuple[Role, ...]
+    key: str
+    state: str
+    reason: str
+    release: str = ""
+    incarnation: int = 0
+
+
+class Head:
+    """Speaks with the agents.
+
+    Args:
+        router: random, one per start of the router.
+        send: sends a frame to a session.
+        complaints: where what is refused is counted.
+        spawn: runs a coroutine as a task that somebody owns.
+
+    Attributes:
+        messages: how many came, by kind; what could not be read by why.
+    """
+
+    def __init__(
+        self,
+        *,
+        router: str,
+        registrar: Registrar,
+        controller: Controller,
+        send: Send,
+        complaints: Complaints,
+        spawn: SpawnTask,
+        heartbeat_interval_s: float,
+        log: structlog.typing.FilteringBoundLogger,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._router = router
+        self._registrar = registrar
+        self._controller = controller
+        self._send_frame = send
+        self._complaints = complaints
+        self._spawn = spawn
+        self._interval_s = heartbeat_interval_s
+        self._log = log
+        self._members = Members()
+        self._orders: dict[int, tuple[HostId, asyncio.Future[Answer]]] = {}
+        self._order_ids = 0
+        self._faults: dict[HostId, tuple[str, ...]] = {}
+        self.messages: Counter[str] = Counter()
+
+    # --- frames in
+
+    def hear(self, session: bytes, key: str, frame: bytes) -> None:
+        """A frame came over a connection that this key was authenticated for. Never raises for what a peer sends."""
+        try:
+            message = to_router.decode(frame)
+        except FrameError as error:
+            self._unreadable(session, error)
+            return
+        self.messages[type(message).__name__.lower()] += 1
+        host = self._registrar.host_of(key)
+        if isinstance(message, Register):
+            self._spawn(self._register(session, key, message), "register a host")
+        elif host is None:
+            self._complaints.add("unknown_key", "a message came with a key that is registered no more")
+            self._send(session, Refused("this host's key is not registered: it was revoked; join again with a new token", final=True))
+        else:
+            self._from_host(host, session, message)
+
+    def _unreadable(self, session: bytes, error: FrameError) -> None:
+        self.messages[error.why] += 1
+        self._complaints.add(error.why, str(error))
+        if error.why == "version":
+            self._send(session, Refused(str(error), final=True))
+
+    async def _register(self, session: bytes, key: str, register: Register) -> None:
+        answer = await self._registrar.exchange(key, register)
+        if isinstance(answer, Refused):
+            self._complaints.add("registration", answer.reason)
+        self._send(session, answer)
+
+    def _from_host(self, host: HostId, session: bytes, message: ToRouter) -> None:
+        match message:
+            case Heartbeat():
+                self._feed(
+                    HeartbeatSeen(host, session, message.incarnation, message.nonce, message.seq, message.acked, message.engines)
+                )
+            case Hello(name=name) if name != host:
+                self._send(session, Refused(f"this key is registered as {host} and not as {name[:63]}: start it with --name {host}", final=True))
+            case Hello():
+                self._feed(HelloSeen(host, session, message.incarnation, message.nonce, "", message.release[:40], message.engines))
+            case Goodbye():
+                self._feed(GoodbyeSeen(host, message.incarnation, message.nonce, message.engines_stay))
+            case Answer():
+                self._answered(host, message)
+
+    # --- the machine at work
+
+    def beat(self, now: float, lag_s: float) -> None:
+        """Called by the controller's beat. `lag_s`: how long the router stood still, 0 usually."""
+        if lag_s:
+            self._members.handle(Stalled(lag_s), now=now)
+        due = self._members.next_deadline()
+        if due is not None and now >= due:
+            self._feed(Tick())
+
+    def _feed(self, event: Event) -> None:
+        for command in self._members.handle(event, now=self._loop.time()):
+            self._do(command)
+
+    def _do(self, command: Command) -> None:
+        match command:
+            case SendAck(session=session, seq=seq):
+                self._send(session, Ack(seq))
+            case TakeReports(host=host, engines=engines):
+                self._take(host, engines)
+            case PublishHost(view=view):
+                self._publish(view)
+            case SendWelcome(session=session):
+                self._send(session, Welcome(self._router, self._interval_s, __version__))
+            case SendRefusal(host=host, session=session, reason=reason, final=final):
+                self._complaints.add("refused_host", f"{host}: {reason}")
+                self._send(session, Refused(reason, final))
+            case ForgetHost(host=host, cause=cause):
+                self._log.info("host gone", host=host, reason=cause)
+                self._controller.host_forgotten(host, cause)
+
+    def _take(self, host: HostId, engines: Iterable[Any]) -> None:
+        allowed = [r for r in engines if self._registrar.may_be(host, r.role)]
+        faults = [f"its token was not for a {r.role} engine as {r.id[:64]} is" for r in engines if r not in allowed]
+        faults += self._controller.reported(host, allowed)
+        if tuple(faults) != self._faults.get(host, ()):
+            self._faults[host] = tuple(faults)
+            for fault in faults:
+                self._log.error("an engine was refused", host=host, reason=fault)
+
+    def _publish(self, view: HostView) -> None:
+        self._log.info("host changed", host=view.id, state=view.state.value, reason=view.reason)
+        if view.state is not HostState.ONLINE:
+            self._void_orders(view.id, f"its host is {view.state}: {view.reason}")
+        gone = view.state is HostState.LEFT and not self._members.engines_stay(view.id)
+        self._controller.host_changed(view, engines_gone=gone)
+
+    def _send(self, session: bytes, message: Message) -> None:
+        self._send_frame(session, encode(message))
+
+    # --- orders
+
+    async def order(self, host: HostId, engine: EngineId, action: str, role: Role | None, cause: str) -> tuple[bool, str]:
+        """Tells a host's agent to do something; what it answered, or why there is no answer."""
+        session = self._members.session(host)
+        if session is None or self._members.state(host) is not HostState.ONLINE:
+            return False, f"the host {host} cannot be reached"
+        self._order_ids += 1
+        number = self._order_ids
+        answer: asyncio.Future[Answer] = self._loop.create_future()
+        self._orders[number] = (host, answer)
+        self._send(session, Order(number, engine, action, role, cause))
+        try:
+            async with asyncio.timeout(ORDER_LIMIT_S[action]):
+                found = await answer
+        except TimeoutError:
+            return False, f"the agent of {host} did not answer within {ORDER_LIMIT_S[action]:g} s"
+        finally:
+            del self._orders[number]
+        return found.ok, found.sentence[:500]
+
+    def _answered(self, host: HostId, answer: Answer) -> None:
+        asked, waiter = self._orders.get(answer.order, (None, None))
+        if asked == host and waiter is not None and not waiter.done():
+            waiter.set_result(answer)
+
+    def _void_orders(self, host: HostId, why: str) -> None:
+        for number, (asked, waiter) in list(self._orders.items()):
+            if asked == host and not waiter.done():
+                waiter.set_result(Answer(number, ok=False, sentence=why))
+
+    # --- what people ask
+
+    def hosts(self) -> list[HostRow]:
+        """Every registered host and how it is."""
+        return [self._row(r.name, r.roles, r.public_key) for r in self._registrar.hosts()]
+
+    def _row(self, name: str, roles: tuple[Role, ...], key: str) -> HostRow:
+        view = next((h for h in self._members.hosts if h.id == name), None)
+        if view is None:
+            return HostRow(name, roles, key, "away", "it has not said hello since this router started")
+        faults = "; ".join(self._faults.get(view.id, ()))
+        reason = f"{view.reason}; {faults}" if faults else view.reason
+        return HostRow(name, roles, key, view.state.value, reason, view.release, view.incarnation)
+
+    async def revoke(self, name: str) -> str:
+        """Shuts a host out at once. Says what happened.
+
+        Raises:
+            OrderError: nobody is registered under this name.
+        """
+        if not await self._registrar.revoke(name):
+            known = ", ".join(r.name for r in self._registrar.hosts()) or "none"
+            raise OrderError(f"no host is registered as {name!r}; there is {known}", status=404)
+        self._feed(HostRevoked(HostId(name)))
+        return f"{name} is shut out: its engines get no more work and its key opens nothing; it can come back with a new token only"
+
+    def __repr__(self) -> str:
+        return f"<Head {self._members!r} orders={len(self._orders)}>"

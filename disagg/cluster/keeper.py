@@ -1,0 +1,512 @@
+"""Keeps one engine of this host: the hands of one `EngineLife`, and the agent's eyes on the engine.
+
+    agent ──► keeper ──► life (decides)
+                ├──► launcher ──► the engine's process, which outlives all of this
+                ├──► prober: how far is it, several times a second
+                └──► record on disk, with which the next agent finds the process again
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, Protocol
+
+import aiohttp
+import msgspec
+import structlog
+
+from disagg.cluster.detector import Answered
+from disagg.cluster.prober import Prober
+from disagg.engines.base import EngineLaunch, EngineRecord, Launcher, ReadyFile, RunningEngine, decode_kept, encode_kept
+from disagg.engines.restart import (
+    Adopted,
+    BecameReady,
+    Command,
+    EngineLife,
+    Event,
+    Exited,
+    Kill,
+    Probe,
+    ProbeAnswered,
+    ProbeFailed,
+    ProgressMissed,
+    ProgressSeen,
+    Report,
+    RestartAsked,
+    Spawn,
+    Spawned,
+    SpawnFailed,
+    StartAsked,
+    State,
+    StopAsked,
+    Terminate,
+    Tick,
+)
+from disagg.errors import StartError
+from disagg.model import EngineAddress, EngineFacts, EngineId, EngineLoad, EngineState, Role
+from disagg.security.state import read_private, write_private
+from disagg.wire.messages import EngineReport
+
+POLL_S = 0.25
+POLL_PATIENCE_S = 1.0
+UNANSWERED_S = 2.0
+PROBE_PATIENCE_S = 10.0
+SWITCH_PATIENCE_S = 60.0
+"""Decode captures its CUDA graphs anew on a flip; that may take long."""
+
+SpawnTask = Callable[[Coroutine[Any, Any, None], str], Any]
+
+
+class Keeper(Protocol):
+    """What an agent needs of an engine of its host."""
+
+    id: EngineId
+
+    def report(self) -> EngineReport:
+        """How it is."""
+
+    async def run(self) -> None:
+        """Keeps it until cancelled."""
+
+    async def switch(self, role: Role) -> tuple[bool, str]:
+        """Changes its role while it lives; says what came of it."""
+
+    async def restart(self, role: Role, cause: str) -> tuple[bool, str]:
+        """Starts it anew in this role; returns when that is under way."""
+
+    def drain(self, reason: str) -> None:
+        """No new work; empty: work again."""
+
+    async def stop(self, limit_s: float) -> None:
+        """Ends it, if it is ours to end."""
+
+    def let_go(self) -> None:
+        """Looks away; the engine goes on."""
+
+
+class _Watched:
+    """What both kinds share: polling, reporting, switching."""
+
+    def __init__(
+        self, engine: EngineId, role: Role, prober: Prober, on_change: Callable[[], None], log: structlog.typing.FilteringBoundLogger
+    ) -> None:
+        self.id = engine
+        self._role = role
+        self._prober = prober
+        self._on_change = on_change
+        self._log = log.bind(engine=engine)
+        self._loop = asyncio.get_running_loop()
+        self._facts = EngineFacts()
+        self._load = EngineLoad()
+        self._counter = 0
+        self._working = False
+        self._answered_at = 0.0
+        self._mode_fault = ""
+        self._drained = ""
+        self._switching = ""
+        self._said: tuple[EngineState, str, Role] | None = None
+
+    async def _look(self, address: EngineAddress, *, anew: bool = False) -> Answered | str:
+        """The engine's answer, or why there is none."""
+        known = self._facts if self._facts.model and not anew else None
+        seen = await self._prober.look(address, known, POLL_PATIENCE_S)
+        if not isinstance(seen, Answered):
+            return getattr(seen, "why", "it refuses connections")
+        self._answered_at = self._loop.time()
+        self._facts = self._facts if seen.facts == self._facts else seen.facts
+        self._load, self._counter, self._working = seen.load, seen.counter, seen.working
+        if seen.mode:
+            self._check_mode(seen.mode)
+        return seen
+
+    def _check_mode(self, mode: str) -> None:
+        wrong = mode != MODES[self._role]
+        self._mode_fault = f"it should be a {self._role} engine but runs in mode {mode!r}" if wrong else ""
+
+    def _report_as(self, state: EngineState, reason: str, address: EngineAddress | None, start_ticks: int) -> EngineReport:
+        place = address or EngineAddress(self.id, self._role, "", 0)
+        return EngineReport(
+            id=self.id,
+            role=self._role,
+            state=state,
+            reason=reason,
+            host=place.host,
+            port=place.port,
+            bootstrap_port=place.bootstrap_port,
+            api_key=place.api_key,
+            pid=place.pid,
+            start_ticks=start_ticks,
+            counter=self._counter,
+            working=self._working,
+            facts=self._facts,
+            load=self._load,
+        )
+
+    def _state_in_service(self) -> tuple[EngineState, str]:
+        silent_s = self._loop.time() - self._answered_at
+        if silent_s >= UNANSWERED_S:
+            return EngineState.SUSPECT, f"it has not answered its agent for {UNANSWERED_S:g} s"
+        if self._mode_fault:
+            return EngineState.QUARANTINED, self._mode_fault
+        if self._switching:
+            return EngineState.SWITCHING, self._switching
+        if self._drained:
+            return EngineState.DRAINING, self._drained
+        return EngineState.READY, "it answers its agent"
+
+    def _say_changes(self, state: EngineState, reason: str) -> None:
+        """Tells the router at once when the state is another one; everything else may wait for the next heartbeat."""
+        said = (state, reason, self._role)
+        if self._said is None or self._said[::2] != said[::2]:
+            self._log.info("engine", state=state.value, reason=reason, role=self._role.value)
+            self._said = said
+            self._on_change()
+
+    def drain(self, reason: str) -> None:
+        """No new work; empty: work again."""
+        self._drained = reason
+        self._on_change()
+
+    async def _post_switch(self, address: EngineAddress, role: Role) -> tuple[bool, str]:
+        self._switching = f"it switches from {self._role} to {role}"
+        self._on_change()
+        body = {"new_role": MODES[role], "decode_cuda_graph_memory_gb": 0}
+        try:
+            async with asyncio.timeout(SWITCH_PATIENCE_S):
+                status, answer = await self._prober.post(address, "/pd_role_switch", body)
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            return False, f"its role switch was not answered ({type(error).__name__})"
+        finally:
+            self._switching = ""
+        if status != 200 or not answer.get("success"):
+            said = str(answer.get("message") or f"HTTP {status}")[:300]
+            return False, f"the engine refused to switch: {said}"
+        was, self._role = self._role, role
+        self._mode_fault = ""
+        seen = await self._look(address, anew=True)
+        self._on_change()
+        how = "" if isinstance(seen, Answered) else f"; it does not answer yet: {seen}"
+        return True, f"it switched from {was} to {role} and kept its weights and its KV pool{how}"
+
+
+class EngineKeeper(_Watched):
+    """Keeps an engine that this host starts.
+
+    Args:
+        launch_for: how to start it in a role; makes a fresh API key each time.
+        folder: where its record is kept.
+        life: the machine.
+        spawn: runs a coroutine as a task that the agent owns.
+        on_change: told when the router should hear something at once.
+    """
+
+    def __init__(
+        self,
+        engine: EngineId,
+        role: Role,
+        *,
+        launch_for: Callable[[Role], EngineLaunch],
+        launcher: Launcher,
+        folder: Path,
+        life: EngineLife,
+        prober: Prober,
+        spawn: SpawnTask,
+        on_change: Callable[[], None],
+        log: structlog.typing.FilteringBoundLogger,
+    ) -> None:
+        super().__init__(engine, role, prober, on_change, log)
+        self._launch_for = launch_for
+        self._launcher = launcher
+        self._folder = folder
+        self._life = life
+        self._spawn = spawn
+        self._process: RunningEngine | None = None
+        self._ready: ReadyFile | None = None
+        self._address: EngineAddress | None = None
+        self._start_ticks = 0
+        self._wake = asyncio.Event()
+        self._ended = asyncio.Event()
+
+    # --- life
+
+    async def run(self) -> None:
+        """Adopts what is there or starts it, and keeps it until cancelled."""
+        if not await self._adopt():
+            self._feed(StartAsked("its agent started"))
+        poll_at = self._loop.time()
+        while True:
+            deadline = self._life.next_deadline()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(poll_at if deadline is None else min(poll_at, deadline)):
+                    await self._wake.wait()  # an event may have brought the deadline forward
+            self._wake.clear()
+            self._feed(Tick())
+            if self._loop.time() >= poll_at:
+                poll_at = self._loop.time() + POLL_S
+                await self._poll()
+                self._tell()
+
+    async def _adopt(self) -> bool:
+        record = await asyncio.to_thread(self._load_record)
+        if record is None:
+            return False
+        process = await self._launcher.adopt(record)
+        if process is None:
+            return False
+        self._role = record.role
+        self._watch(process, record)
+        self._feed(Adopted(record.pid, ready=record.ready is not None))
+        if record.ready is not None:
+            await self._poll()
+        else:
+            self._spawn(self._wait_ready(process), f"wait until {self.id} is ready")
+        return True
+
+    def _watch(self, process: RunningEngine, record: EngineRecord) -> None:
+        self._process = process
+        self._ready, self._start_ticks = record.ready, record.start_ticks
+        self._facts, self._load, self._counter, self._working = EngineFacts(), EngineLoad(), 0, False
+        self._mode_fault = ""
+        self._answered_at = self._loop.time()
+        self._address = record.ready.address(record) if record.ready is not None else None
+        self._ended.clear()
+        self._spawn(self._report_end(process), f"wait for the end of {self.id}")
+
+    async def _report_end(self, process: RunningEngine) -> None:
+        code = await process.wait()
+        self._ended.set()
+        if process is self._process:
+            if self._life.state not in {State.STOPPING, State.STOPPED}:
+                self._log.warning("an engine ended", pid=process.pid, code=code, last_words=process.log_tail())
+            self._feed(Exited(code, process.pid))
+
+    def _feed(self, event: Event) -> None:
+        for command in self._life.handle(event, now=self._loop.time()):
+            self._do(command)
+        if not isinstance(event, Tick | ProgressSeen):
+            self._wake.set()
+        self._tell()
+
+    def _do(self, command: Command) -> None:
+        match command:
+            case Spawn():
+                self._spawn(self._start(), f"start {self.id}")
+            case Terminate():
+                self._spawn(self._terminate(), f"stop {self.id}")
+            case Kill(cause=cause):
+                self._log.error("killing the engine", cause=cause)
+                if self._process is not None:
+                    self._process.kill()
+            case Probe():
+                self._spawn(self._probe(), f"probe {self.id}")
+            case Report(sentence=sentence):
+                self._log.warning("engine", story=sentence)
+
+    async def _start(self) -> None:
+        try:
+            launch = self._launch_for(self._role)
+            await asyncio.to_thread(write_private, self._launch_path, encode_kept(launch))
+            process = await self._launcher.start(launch)
+        except StartError as error:
+            self._feed(SpawnFailed(str(error)))
+            return
+        record = process.record(api_key=launch.api_key)
+        self._watch(process, record)
+        self._feed(Spawned(process.pid))
+        await self._save(record)
+        await self._wait_ready(process)
+
+    async def _wait_ready(self, process: RunningEngine) -> None:
+        try:
+            ready = await process.wait_ready(3600.0)  # the machine has the limit that counts
+        except StartError:
+            return  # its end is reported by who waits for it
+        if process is not self._process:
+            return
+        record = process.record(ready=ready)
+        self._ready, self._address = ready, ready.address(record)
+        while process.alive and process is self._process:
+            if isinstance(await self._look(self._address, anew=True), Answered):
+                break
+            await asyncio.sleep(POLL_S)
+        await self._save(record)
+        if process is self._process and self._life.state is State.STARTING:
+            self._feed(BecameReady(process.pid))
+
+    async def _save(self, record: EngineRecord) -> None:
+        try:
+            await asyncio.to_thread(write_private, self._record_path, encode_kept(record))
+        except StartError as error:  # it serves all the same; only the next agent will not find it
+            self._log.error("the engine's record cannot be written", error=str(error))
+
+    def _load_record(self) -> EngineRecord | None:
+        content = read_private(self._record_path)
+        try:
+            return None if content is None else decode_kept(content, EngineRecord)
+        except msgspec.DecodeError:
+            return None  # of another release, or broken: the engine, if there is one, is a stranger then
+
+    @property
+    def _record_path(self) -> Path:
+        return self._folder / self.id / "record.json"
+
+    @property
+    def _launch_path(self) -> Path:
+        return self._folder / self.id / "launch.json"
+
+    async def _terminate(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+
+    # --- looking
+
+    async def _poll(self) -> None:
+        process, address = self._process, self._address
+        if process is None or address is None or self._life.state is not State.RUNNING:
+            return
+        seen = await self._look(address)
+        if process is not self._process or self._life.state is not State.RUNNING:
+            return
+        if isinstance(seen, Answered):
+            self._feed(ProgressSeen(seen.counter, seen.working, process.pid))
+        else:
+            self._feed(ProgressMissed(process.pid))
+
+    async def _probe(self) -> None:
+        process, address = self._process, self._address
+        if process is None or address is None:
+            return
+        why = ""
+        try:
+            async with asyncio.timeout(PROBE_PATIENCE_S):
+                await self._prober.touch(address, "/health_generate")
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            why = f"{type(error).__name__} within {PROBE_PATIENCE_S:g} s"
+        if process is self._process and self._life.state is State.RUNNING:
+            self._feed(ProbeFailed(why, process.pid) if why else ProbeAnswered(process.pid))
+
+    # --- what the agent wants
+
+    def report(self) -> EngineReport:
+        """How it is."""
+        state, reason = self._state()
+        return self._report_as(state, reason, self._address, self._start_ticks)
+
+    def _state(self) -> tuple[EngineState, str]:
+        match self._life.state:
+            case State.RUNNING:
+                return self._state_in_service()
+            case State.STARTING:
+                return EngineState.STARTING, self._life.reason
+            case State.HELD:
+                return EngineState.HELD, self._life.reason
+            case State.STOPPING:
+                return (EngineState.DEAD if self._process is None or not self._process.alive else EngineState.DRAINING), self._life.reason
+            case _:
+                return EngineState.DEAD, self._life.reason
+
+    def _tell(self) -> None:
+        self._say_changes(*self._state())
+
+    async def switch(self, role: Role) -> tuple[bool, str]:
+        """Changes its role while it lives; says what came of it."""
+        process = self._process
+        if self._address is None or process is None or self._life.state is not State.RUNNING:
+            return False, f"it does not run: {self._life.reason}"
+        if Role.UNIFIED in {role, self._role}:
+            return False, "an engine cannot become unified, or stop being it, while it runs"
+        done, sentence = await self._post_switch(self._address, role)
+        if done:
+            record = msgspec.structs.replace(process.record(), role=role)
+            self._address = record.ready.address(record) if record.ready is not None else self._address
+            await self._save(record)
+        self._tell()
+        return done, sentence
+
+    async def restart(self, role: Role, cause: str) -> tuple[bool, str]:
+        """Starts it anew in this role; returns when that is under way."""
+        if self._life.state is State.STOPPING:
+            return False, "it is stopping already"
+        was, self._role = self._role, role
+        self._feed(RestartAsked(cause))
+        return True, f"it is started anew{f' as {role} (was {was})' if role is not was else ''}: {cause}"
+
+    async def stop(self, limit_s: float) -> None:
+        """SIGTERM, SIGKILL after `limit_s` seconds."""
+        process = self._process
+        if self._life.state in {State.STARTING, State.RUNNING, State.BACKOFF, State.HELD}:
+            self._feed(StopAsked("its agent stops"))
+        if process is not None and process.alive:
+            await self._launcher.stop(process, limit_s)
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread(self._record_path.unlink, missing_ok=True)
+
+    def let_go(self) -> None:
+        """Looks away; the engine goes on."""
+        if self._process is not None:
+            self._process.close()
+
+    def __repr__(self) -> str:
+        return f"<EngineKeeper {self.id} {self._role} {self._life!r}>"
+
+
+class AttachedKeeper(_Watched):
+    """Watches an engine that somebody else started: it reports, drains and switches, but neither starts nor ends anything."""
+
+    def __init__(
+        self,
+        engine: EngineId,
+        role: Role,
+        address: EngineAddress,
+        *,
+        prober: Prober,
+        on_change: Callable[[], None],
+        log: structlog.typing.FilteringBoundLogger,
+    ) -> None:
+        super().__init__(engine, role, prober, on_change, log)
+        self._address = address
+        self._why = "it has not answered yet"
+        self._refusals = 0
+
+    async def run(self) -> None:
+        """Watches until cancelled."""
+        while True:
+            seen = await self._look(self._address, anew=self._why != "")
+            self._why = "" if isinstance(seen, Answered) else seen
+            self._refusals = self._refusals + 1 if self._why == "it refuses connections" else 0
+            self._say_changes(*self._state())
+            await asyncio.sleep(POLL_S)
+
+    def report(self) -> EngineReport:
+        """How it is."""
+        return self._report_as(*self._state(), self._address, 0)
+
+    def _state(self) -> tuple[EngineState, str]:
+        if not self._facts.model:
+            return EngineState.STARTING, f"attached to {self._address.url}: {self._why}"
+        if self._refusals > 1:
+            return EngineState.DEAD, f"attached to {self._address.url}, which refuses connections"
+        return self._state_in_service()
+
+    async def switch(self, role: Role) -> tuple[bool, str]:
+        """Changes its role while it lives; says what came of it."""
+        done, sentence = await self._post_switch(self._address, role)
+        if done:
+            self._address = msgspec.structs.replace(self._address, role=role)
+        return done, sentence
+
+    async def restart(self, role: Role, cause: str) -> tuple[bool, str]:
+        """Refuses: whoever started it must."""
+        return False, "it was attached and not started by disagg: restart it where it was started"
+
+    async def stop(self, limit_s: float) -> None:
+        """It is not ours to end."""
+
+    def let_go(self) -> None:
+        """Nothing is held."""
+
+
+MODES = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.UNIFIED: "null"}
