@@ -127,8 +127,9 @@ async def test_a_group_whose_number_belongs_to_another_process_is_left_alone(mak
 async def test_nothing_of_it_hangs_on_us(make: Make) -> None:
     leaked, other = os.pipe()
     os.set_inheritable(leaked, True)
-    launch = make(FOREVER)
+    launch = make("import time; print('up', flush=True); time.sleep(600)")
     engine = await EngineProcess.start(launch)
+    await asyncio.to_thread(wait_until, lambda: log(launch))  # Python opens files while it starts
     try:
         fds = open_files(engine.pid)
         assert fds == {"0": Path("/dev/null"), "1": launch.log_file, "2": launch.log_file}

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from disagg.engines.base import EngineLaunch, EngineRecord, Launcher, decode_kept, encode_kept
-from disagg.engines.process import EngineProcess, UnitLauncher, read_launch
+from disagg.engines.process import EngineProcess, UnitLauncher, _stat, boot_id, read_launch
 from disagg.errors import StartError
 from disagg.model import EngineId, Role
 from tests.engines import DEMO_MODEL
@@ -43,6 +43,10 @@ def start_by_another(folder: Path, kill_afterwards: list[int]) -> EngineRecord:
         agent.kill()
         agent.wait()
     return record
+
+
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
 
 
 def serves(record: EngineRecord) -> bool:
@@ -77,7 +81,35 @@ async def test_an_adopted_engine_is_stopped_cleanly(tmp_path: Path, kill_afterwa
     assert engine is not None
     assert await engine.stop(10.0) is True
     assert gone(record.pid)
-    assert "stopping: 0 samples run" in record.log_file.read_text()  # noqa: ASYNC240
+    assert "stopping: 0 samples run" in record.log_file.read_text()
+
+
+ORPHAN = """
+import subprocess, sys
+helper = "import subprocess, sys, time; h = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
+helper += "; print(h.pid, flush=True); time.sleep(600)"
+engine = subprocess.Popen([sys.executable, "-c", helper], start_new_session=True, stdout=open(sys.argv[1], "wb"), stderr=subprocess.STDOUT)
+print(engine.pid)
+engine.returncode = 0
+"""
+
+
+async def test_the_helpers_of_an_adopted_engine_go_with_it(tmp_path: Path, kill_afterwards: list[int]) -> None:
+    log = tmp_path / "log"
+    made = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", ORPHAN, str(log)], capture_output=True, check=True)
+    pid = int(made.stdout)
+    kill_afterwards.append(pid)
+    await asyncio.to_thread(wait_until, lambda: log.exists() and log.read_bytes().endswith(b"\n"))
+    helper = int(await asyncio.to_thread(log.read_text))
+    kill_afterwards.append(helper)
+    known = _stat(pid)
+    assert known is not None
+    record = EngineRecord(EngineId("e"), Role.DECODE, pid, known.start_ticks, boot_id(), (), log, tmp_path / "ready")
+    engine = EngineProcess.adopt(record)
+    assert engine is not None
+    os.kill(pid, signal.SIGKILL)
+    assert await engine.wait() is None
+    await asyncio.to_thread(wait_until, lambda: gone(helper))
 
 
 # --- units
@@ -138,7 +170,7 @@ async def test_a_unit_is_started_watched_and_stopped(units: Path, make: Make, ki
     engine = await launcher.start(launch)
     kill_afterwards.append(engine.pid)
     await asyncio.to_thread(wait_until, lambda: "key k" in launch.log_file.read_text())
-    assert "time.sleep" in Path(f"/proc/{engine.pid}/cmdline").read_text(), "the engine itself, not what started it"
+    assert "time.sleep" in command_of(engine.pid), "the engine itself, not what started it"
     again = await launcher.adopt(engine.record())
     assert again is not None
     again.close()
