@@ -7,7 +7,7 @@ the router never knows which one it talks to.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -77,6 +77,29 @@ class EngineRecord(msgspec.Struct, frozen=True):
 
     def __repr__(self) -> str:
         return f"<EngineRecord {self.id} {self.role} pid={self.pid} start_ticks={self.start_ticks} ready={self.ready is not None}>"
+
+
+Kept = TypeVar("Kept", EngineLaunch, EngineRecord)
+
+
+def encode_kept(kept: EngineLaunch | EngineRecord) -> bytes:
+    """A launch or a record as JSON, for a file of mode 0600."""
+    return msgspec.json.encode(kept, enc_hook=str)  # paths are what JSON does not know
+
+
+def decode_kept(content: bytes, kind: type[Kept]) -> Kept:
+    """The way back.
+
+    Raises:
+        msgspec.DecodeError: it makes no sense, or is not one of these.
+    """
+    return msgspec.json.decode(content, type=kind, dec_hook=_path)
+
+
+def _path(kind: type, value: Any) -> Path:
+    if kind is not Path or not isinstance(value, str):
+        raise TypeError(f"a path is a string, not {type(value).__name__}")
+    return Path(value)
 
 
 class RunningEngine(Protocol):

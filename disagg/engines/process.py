@@ -27,7 +27,7 @@ from typing import NamedTuple, NoReturn, Self
 
 import msgspec
 
-from disagg.engines.base import HIDDEN, EngineLaunch, EngineRecord, ReadyFile, RunningEngine
+from disagg.engines.base import HIDDEN, EngineLaunch, EngineRecord, ReadyFile, RunningEngine, decode_kept
 from disagg.errors import StartError
 from disagg.model import EngineId
 
@@ -356,7 +356,7 @@ def read_launch(path: Path) -> EngineLaunch:
     with open(file, "rb") as content:  # noqa: PTH123  # the open descriptor is what was checked
         _refuse_loose(path, os.fstat(file))
         try:
-            launch = msgspec.json.decode(content.read(LAUNCH_BYTES), type=EngineLaunch)
+            launch = decode_kept(content.read(LAUNCH_BYTES), EngineLaunch)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise StartError(f"the launch file {path} makes no sense: {error}; let the agent write it anew") from error
     if not launch.argv:
