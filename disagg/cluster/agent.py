@@ -166,8 +166,10 @@ class Agent:
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         """Runs a coroutine as a task of this agent's."""
-        assert self._tasks is not None, "the agent does not run"
-        self._tasks.create_task(work, name=name)
+        if self._tasks is None:
+            work.close()  # the agent has ended; nobody waits for this any more
+        else:
+            self._tasks.create_task(work, name=name)
 
     async def drain(self, limit_s: float, urgent: asyncio.Event, reason: str = "its host stops") -> bool:
         """Says that no new work may come, and waits until what runs has ended.
@@ -202,6 +204,10 @@ class Agent:
             me = self._identity
             self._send(Goodbye(me.incarnation, me.nonce, engines_stay))
             self._close(linger_ms=GOODBYE_MS)
+
+    def forget_engines(self) -> None:
+        """The engines are not this agent's any more: stopping has nothing to stop."""
+        self._keepers.clear()
 
     # --- the link
 

@@ -64,7 +64,7 @@ class _Readable:
         self._taking = True
         try:
             for _ in range(BATCH):
-                if self._socket.closed or not self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN or not self._take():  # type: ignore[operator]
+                if self._socket.closed or not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN or not self._take():  # type: ignore[operator]
                     return
         finally:
             self._taking = False
