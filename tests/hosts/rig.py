@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ HOSTS = {"p1": "prefill", "p2": "prefill", "d1": "decode", "d2": "decode"}
 POLL_S = 0.02
 START_LIMIT_S = 40.0
 STOP_LIMIT_S = 15.0
-# A stream of 150 tokens takes four seconds, as with a bigger model.
+# Streams last for seconds, as with a bigger model.
 PACE = "20,0.1;20,1"
 HANG_KILL_S = 6.0
 """The default of a minute is for engines that load for minutes."""
@@ -156,8 +157,10 @@ def running_rig(folder: Path) -> Iterator[Rig]:
         rig = Rig(network, folder)
         try:
             rig.start_router()
-            for name, role in HOSTS.items():
-                rig.start_host(name, rig.make_token(role))
+            with ThreadPoolExecutor() as pool:
+                tokens = pool.map(rig.make_token, HOSTS.values())
+                for name, token in zip(HOSTS, tokens, strict=True):
+                    rig.start_host(name, token)
             yield rig
         finally:
             rig.stop()
@@ -306,26 +309,64 @@ class Load:
         self._rig = rig
         self._bodies = bodies
         self.answers: list[Answer] = []
+        self._pouring: asyncio.Task[None] | None = None
 
     @contextlib.asynccontextmanager
     async def running(self, every_s: float) -> AsyncIterator[Load]:
+        """Pours until `stop`, or until the context ends; that ends with the last answer."""
         async with self._rig.session() as session, asyncio.TaskGroup() as streams:
-            async with asyncio.TaskGroup() as source:
-                pouring = source.create_task(self._pour(session, streams, every_s), name="load")
-                try:
-                    yield self
-                finally:
-                    pouring.cancel()
+            pouring = self._pouring = streams.create_task(self._pour(session, streams, every_s), name="load")
+            try:
+                yield self
+            finally:
+                pouring.cancel()
+
+    def stop(self) -> None:
+        """Sends no more; what was sent goes on."""
+        if self._pouring is not None:
+            self._pouring.cancel()
+
+    async def until(self, is_so: Callable[[list[Answer]], bool], what: str, limit_s: float = 10.0) -> None:
+        """Waits until this is true of the answers."""
+        try:
+            async with asyncio.timeout(limit_s):
+                while not is_so(self.answers):
+                    await asyncio.sleep(0.005)
+        except TimeoutError:
+            raise AssertionError(f"not within {limit_s:g} s: {what}") from None
 
     async def _pour(self, session: aiohttp.ClientSession, streams: asyncio.TaskGroup, every_s: float) -> None:
         next_at = time.monotonic()
         while True:
-            self.send(session, streams)
+            which = len(self.answers) % len(self._bodies)
+            answer = Answer(time.monotonic(), which)
+            self.answers.append(answer)
+            streams.create_task(ask(session, self._rig, self._bodies[which], answer), name=f"stream {len(self.answers)}")
             next_at += every_s
             await asyncio.sleep(max(0.0, next_at - time.monotonic()))
 
-    def send(self, session: aiohttp.ClientSession, streams: asyncio.TaskGroup) -> None:
-        which = len(self.answers) % len(self._bodies)
-        answer = Answer(time.monotonic(), which)
-        self.answers.append(answer)
-        streams.create_task(ask(session, self._rig, self._bodies[which], answer), name=f"stream {len(self.answers)}")
+    async def attempts(self) -> list[Attempt]:
+        """Everything that the router sent, the attempts that came to nothing too, in the order of the requests."""
+        found: list[Attempt] = []
+        async with self._rig.session() as session:
+            for answer in self.answers:
+                async with session.get(f"{self._rig.admin}/admin/requests/{answer.id}") as response:
+                    story = await response.json()
+                for told in story["attempts"]:
+                    times = [answer.sent_at + event["at_s"] for event in told["events"]]
+                    found.append(Attempt({told["prefill"], told["decode"]}, times[0], _ended(times, told["events"])))
+        return found
+
+
+@dataclass
+class Attempt:
+    """What the router tells of one attempt. `ended_at`: when it became final."""
+
+    engines: set[str]
+    began_at: float
+    ended_at: float
+
+
+def _ended(times: list[float], events: list[dict[str, Any]]) -> float:
+    final = {"DecodeFinished", "DecodeFailed", "PrefillFailed", "ClientLeft"}
+    return next((at for at, event in zip(times, events, strict=True) if event["event"] in final), float("inf"))
