@@ -61,6 +61,9 @@ CauseOption = Annotated[str, typer.Option("--cause", help="Why; it is shown and 
 CAUSE = "ordered on the command line"
 
 
+NOT_OF_UP = ("join", "name", "advertise", "prefill", "decode", "unified", "control", "attach", "supervise")
+
+
 class ServeRole(StrEnum):
     """What a host can be."""
 
@@ -152,7 +155,7 @@ def serve(
 
 
 @app.command()
-@with_settings("router", "engine", "observe", leave_out=("prefill", "decode", "unified", "control", "attach", "supervise"))
+@with_settings("cluster", "router", "engine", "observe", leave_out=NOT_OF_UP)
 def up(
     *,
     prefill: Annotated[int | None, typer.Option(min=0, help="How many prefill engines.  [default: 1]")] = None,

@@ -5,8 +5,8 @@
                                     Heartbeat ─► Ack             every interval, and at once when an engine changed
                               ◄──── Order ────── Answer
 
-A link on which nothing was acknowledged for `LINK_LOST_S` is given up and made anew: TCP would believe in it for minutes. The engines notice
-nothing of all that.
+A link on which nothing was acknowledged for `LINK_LOST_S` is given up and made anew: TCP would believe in it for minutes. The engines
+notice nothing of all that.
 """
 
 from __future__ import annotations
@@ -273,8 +273,7 @@ class Agent:
             if answer is not None:
                 return answer
         raise _LinkLostError(
-            f"no router answers at {self._host}:{self._port}: is it running, is the port open, and is it the one that this host's token came"
-            " from?"
+            f"no router answers at {self._host}:{self._port}: is it running, is the port open, and did this host's token come from it?"
         )
 
     async def _register(self, token_key: KeyPair) -> None:

@@ -184,7 +184,6 @@ def cluster_json(view: ClusterView) -> dict[str, Any]:
             "state": e.state.value,
             "model": e.facts.model,
             "url": e.address.url,
-            "bootstrap_port": e.address.bootstrap_port or None,
             "pid": e.address.pid or None,
             "load": {
                 "running": e.load.running,
