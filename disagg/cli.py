@@ -351,7 +351,7 @@ def restart(engine: str, *, admin: AdminOption = ADMIN, cause: CauseOption = CAU
 def hosts_ls(*, admin: AdminOption = ADMIN, as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """List the hosts that may connect, and how they are."""
     from disagg import ask  # noqa: PLC0415
-    from disagg import status as texts
+    from disagg import status as texts  # noqa: PLC0415
 
     answer = ask.get(admin, "/admin/hosts")
     _say(json.dumps(answer) if as_json else texts.hosts_table(answer["hosts"]))

@@ -344,7 +344,6 @@ class Agent:
         if not isinstance(answer, Welcome):
             raise _LinkLostError("the router did not answer a hello with one")
         self._interval_s = min(max(answer.heartbeat_interval_s, 0.05), 5.0)
-        self._seq = self._acked = 0
         self._acked_at = self._loop.time()
         self.was_joined = True
         self.joined.set()

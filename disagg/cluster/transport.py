@@ -1,8 +1,8 @@
 """The control plane's sockets: ZeroMQ with CURVE, plain callbacks on the event loop, limits on what a peer may cost.
 
 CURVE is always on: there is no way to make a socket without keys. Who may connect is asked of the caller for each handshake (ZAP, RFC
-27), by the client's public key; a peer without a known key never gets a byte of a message parsed. The authenticated key comes with every message,
-so that nobody can speak for somebody else.
+27), by the client's public key; a peer without a known key never gets a byte of a message parsed. The authenticated key comes with every
+message, so that nobody can speak for somebody else.
 
 Why no `zmq.asyncio`: its sockets make a future per message; here the loop watches the socket's descriptor, and messages are taken in
 batches. The descriptor is edge-triggered, so after each batch and each send the socket is asked whether more is waiting.
@@ -64,7 +64,7 @@ class _Readable:
         self._taking = True
         try:
             for _ in range(BATCH):
-                if self._socket.closed or not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN or not self._take():  # type: ignore[operator]
+                if self._socket.closed or not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN or not self._take():
                     return
         finally:
             self._taking = False
