@@ -50,6 +50,7 @@ RETRY_S = 0.2
 GRUMBLE_S = 10.0
 GOODBYE_MS = 500
 DRAIN_POLL_S = 0.05
+DRAIN_GRACE_S = 0.1
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -179,12 +180,13 @@ class Agent:
         """
         self._stopping = reason
         self.changed()
-        told = self._seq + 1
+        told, heard_at = self._seq + 1, 0.0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
                 while not urgent.is_set():  # the poll's own interval is what one waits for
-                    heard = self._acked >= told or not self.joined.is_set()
-                    if heard and not any(_busy(k.report()) for k in self._keepers.values()):
+                    if not heard_at and (self._acked >= told or not self.joined.is_set()):
+                        heard_at = self._loop.time()  # what was sent here before that may only now be arriving
+                    if heard_at and all(keeper.is_idle(heard_at + DRAIN_GRACE_S) for keeper in self._keepers.values()):
                         return True
                     await asyncio.sleep(DRAIN_POLL_S)
         return False
@@ -439,8 +441,3 @@ def _read(frame: bytes) -> ToHost | DisaggError:
         return to_host.decode(frame)
     except FrameError as error:
         return _LinkLostError(f"the router sent something that cannot be read: {error}")
-
-
-def _busy(report: EngineReport) -> bool:
-    alive = report.state in {EngineState.READY, EngineState.DRAINING, EngineState.SUSPECT}
-    return alive and report.load.running + report.load.waiting > 0

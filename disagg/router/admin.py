@@ -183,7 +183,7 @@ def cluster_json(view: ClusterView) -> dict[str, Any]:
             "role": e.address.role.value,
             "state": e.state.value,
             "model": e.facts.model,
-            "url": e.address.url,
+            "url": e.address.url if e.address.port else "",
             "pid": e.address.pid or None,
             "load": {
                 "running": e.load.running,
