@@ -61,6 +61,9 @@ CauseOption = Annotated[str, typer.Option("--cause", help="Why; it is shown and 
 CAUSE = "ordered on the command line"
 
 
+NOT_OF_UP = ("join", "name", "advertise", "prefill", "decode", "unified", "control", "attach", "supervise")
+
+
 class ServeRole(StrEnum):
     """What a host can be."""
 
@@ -152,7 +155,7 @@ def serve(
 
 
 @app.command()
-@with_settings("router", "engine", "observe", leave_out=("prefill", "decode", "unified", "control", "attach", "supervise"))
+@with_settings("cluster", "router", "engine", "observe", leave_out=NOT_OF_UP)
 def up(
     *,
     prefill: Annotated[int | None, typer.Option(min=0, help="How many prefill engines.  [default: 1]")] = None,
@@ -348,7 +351,7 @@ def restart(engine: str, *, admin: AdminOption = ADMIN, cause: CauseOption = CAU
 def hosts_ls(*, admin: AdminOption = ADMIN, as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """List the hosts that may connect, and how they are."""
     from disagg import ask  # noqa: PLC0415
-    from disagg import status as texts
+    from disagg import status as texts  # noqa: PLC0415
 
     answer = ask.get(admin, "/admin/hosts")
     _say(json.dumps(answer) if as_json else texts.hosts_table(answer["hosts"]))

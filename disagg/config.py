@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -180,7 +180,7 @@ def parse_config(text: str, *, file: str, flags: Mapping[str, Mapping[str, Any]]
     engines = _engine_entries(given.pop(_LIST, []), f"{_where(file, text, _LIST)}: [[{_LIST}]]")
     for name, values in given.items():
         if name not in _SECTIONS:
-            raise ConfigError(f"{_where(file, text, name)}: there is no section [{_name(name)}]; {_nearest(name, _SECTIONS)}")
+            raise ConfigError(f"{_where(file, text, name)}: there is no section [{_name(name)}]; {_nearest(name, _NAMES)}")
         if not isinstance(values, dict):
             raise ConfigError(
                 f"{_where(file, text, name)}: {name} = {_value(values)} stands outside a section; {name} is a section, write [{name}]"
@@ -200,6 +200,7 @@ def parse_config(text: str, *, file: str, flags: Mapping[str, Mapping[str, Any]]
 
 
 _LIST = "engines"
+_NAMES = Config.__struct_fields__
 
 
 def _engine_entries(given: Any, where: str) -> tuple[EngineEntry, ...]:
@@ -253,7 +254,7 @@ def _flag_of(section: str, key: str) -> str:
     return next((s.flag for s in settings(section) if s.key == key), f"--{key}")
 
 
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
+def _nearest(name: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else f"there is {', '.join(known)}"
 

@@ -337,13 +337,13 @@ def make_plan(config: Config, role: Role, token: str) -> HostPlan:
         name=name,
         join=join,
         advertise=config.cluster.advertise or own_address(*join),
-        engines=_specs(config.engines, name, role, config),
+        engines=_specs(config.engines, name, role),
         root=state_root(config.security.state_dir or None, os.environ),
         token=Token.decode(given) if given else None,
     )
 
 
-def _specs(entries: tuple[EngineEntry, ...], name: str, role: Role, config: Config) -> tuple[EngineSpec, ...]:
+def _specs(entries: tuple[EngineEntry, ...], name: str, role: Role) -> tuple[EngineSpec, ...]:
     if not entries:
         return (EngineSpec(EngineId(name), role),)
     return tuple(EngineSpec(EngineId(f"{name}-{e.name}"), e.role or role, e.gpus, e.ports, e.engine_args) for e in entries)

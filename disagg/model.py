@@ -64,6 +64,9 @@ class EngineAddress(msgspec.Struct, frozen=True):
     api_key: str = ""
     pid: int = 0
 
+    def __repr__(self) -> str:
+        return f"<EngineAddress {self.id} {self.role} {self.url}>"  # without the key
+
     @property
     def url(self) -> str:
         """The base URL, without a slash at the end."""
@@ -93,16 +96,21 @@ class EngineFacts(msgspec.Struct, frozen=True):
         Pages of another size, precision or sharding cannot be taken over, and pages of other weights would be read as nonsense
         (SGLang notices in the middle of a transfer, or not at all). What one side does not say is not held against it.
         """
-        for what, mine, its in (
-            ("model hash", self.model_hash[:12], other.model_hash[:12]),
-            ("page size", self.page_size, other.page_size),
-            ("KV precision", self.dtype, other.dtype),
-            ("tensor parallelism", self.tp_size, other.tp_size),
-            ("engine version", _series(self.version), _series(other.version)),
-        ):
+        for (what, mine), (_, its) in zip(self.profile, other.profile, strict=True):
             if mine and its and mine != its:
-                return f"{what} {mine} against {its}"
+                return f"{what} {str(mine)[:12]} against {str(its)[:12]}"
         return ""
+
+    @property
+    def profile(self) -> tuple[tuple[str, str | int], ...]:
+        """What two engines must have in common to exchange KV pages, with its name for people."""
+        return (
+            ("model hash", self.model_hash),
+            ("page size", self.page_size),
+            ("KV precision", self.dtype),
+            ("tensor parallelism", self.tp_size),
+            ("engine version", _series(self.version)),
+        )
 
 
 def _series(version: str) -> str:
@@ -144,7 +152,7 @@ class EngineView(msgspec.Struct, frozen=True):
         reason: why it is in this state, one sentence.
         host: the name of the host whose agent owns it; empty for an engine that was given by URL.
         still_s: for how long it made no progress although it had work.
-        unpaired: why no engine of the other role takes part in a pair with it; empty when one does.
+        unpaired: why no ready engine of the other role can take part in a pair with it; empty when one can, or none is ready.
     """
 
     address: EngineAddress
@@ -168,7 +176,8 @@ class Pool(msgspec.Struct, frozen=True):
 
     Attributes:
         islands: where not every prefill engine can hand its KV pages to every decode engine, the parts in which they can, without their
-            unified engines; empty where all can, which is usual.
+            unified engines; empty where all can, which is usual. One for each kind of prefill engine, and one without decode engines for a
+            kind that has no partner; a decode engine that does not say what it is may be in several.
     """
 
     prefill: tuple[EngineView, ...] = ()
@@ -211,7 +220,7 @@ class ClusterView(msgspec.Struct, frozen=True):
         ready = [e for e in engines if e.state is EngineState.READY]
         models = sorted({e.facts.model for e in ready})
         pools = {m: _pool([e for e in ready if e.facts.model == m]) for m in models}
-        lone = {e.id: e for pool in pools.values() if pool.islands for e in _lone(pool)}
+        lone = {e.id: e for pool in pools.values() for e in _lone(pool, ready)}
         if lone:
             engines = tuple(lone.get(e.id, e) for e in engines)
         return cls(engines, pools, tuple(hosts), may_join)
@@ -220,6 +229,8 @@ class ClusterView(msgspec.Struct, frozen=True):
         """One sentence that says what is missing before a request can be served; empty when nothing is."""
         if any(pool.can_serve for pool in self.pools.values()):
             return ""
+        if not self.engines and self.hosts:
+            return f"no engine is there: the hosts that have joined ({', '.join(h.id for h in self.hosts)}) report none"
         if not self.engines:
             joining = "no host has joined yet: start `disagg serve --role prefill --join …` and a decode one"
             return joining if self.may_join else "no engine is configured: start the router with --prefill and --decode, or --unified"
@@ -227,39 +238,44 @@ class ClusterView(msgspec.Struct, frozen=True):
         if lone is not None:
             return f"no pair can be made: {lone.id} {lone.unpaired}"
         ready = {e.address.role for e in self.engines if e.state is EngineState.READY}
-        if Role.PREFILL in ready and Role.DECODE in ready:
-            return "the ready prefill and decode engines serve different models, so no pair can be made"
         missing = [r.value for r in (Role.PREFILL, Role.DECODE) if r not in ready]
         states = ", ".join(f"{e.id} {e.state}" for e in self.engines)
         return f"no ready {' and no ready '.join(missing)} engine ({states})"
 
 
 def _pool(engines: Sequence[EngineView]) -> Pool:
-    def by(role: Role, among: Sequence[EngineView] = engines) -> tuple[EngineView, ...]:
-        return tuple(e for e in among if e.address.role is role)
+    prefill, decode, unified = (tuple(e for e in engines if e.address.role is role) for role in (Role.PREFILL, Role.DECODE, Role.UNIFIED))
+    return Pool(prefill, decode, unified, _islands(prefill, decode))
 
-    groups: list[list[EngineView]] = []
-    for engine in engines:
-        if engine.address.role is Role.UNIFIED:
+
+def _islands(prefill: tuple[EngineView, ...], decode: tuple[EngineView, ...]) -> tuple[Pool, ...]:
+    """Pairs are made of engines that fit each other, and "fits" is not transitive where an engine does not say what it is."""
+    kinds: dict[tuple[object, ...], list[EngineView]] = {}
+    for engine in prefill:
+        kinds.setdefault(engine.facts.profile, []).append(engine)
+    islands = tuple(Pool(tuple(kind), _fitting(kind[0], decode)) for kind in kinds.values())
+    return () if all(island.decode == decode for island in islands) else islands
+
+
+def _fitting(engine: EngineView, others: tuple[EngineView, ...]) -> tuple[EngineView, ...]:
+    return tuple(o for o in others if not engine.facts.why_not_paired_with(o.facts))
+
+
+def _lone(pool: Pool, ready: Sequence[EngineView]) -> Iterable[EngineView]:
+    """The engines that no ready engine of the other role can be paired with, with the reason."""
+    for engines, fellows, role in ((pool.prefill, pool.decode, Role.DECODE), (pool.decode, pool.prefill, Role.PREFILL)):
+        if not pool.islands and fellows:
             continue
-        home = next((g for g in groups if not g[0].facts.why_not_paired_with(engine.facts)), None)
-        if home is None:
-            groups.append([engine])
-        else:
-            home.append(engine)
-    islands = tuple(Pool(by(Role.PREFILL, g), by(Role.DECODE, g)) for g in groups) if len(groups) > 1 else ()
-    return Pool(by(Role.PREFILL), by(Role.DECODE), by(Role.UNIFIED), islands)
+        others = fellows or tuple(e for e in ready if e.address.role is role)
+        for engine in engines:
+            if others and not _fitting(engine, fellows):
+                yield msgspec.structs.replace(engine, unpaired=f"is never paired with {others[0].id}: {_difference(engine, others[0])}")
 
 
-def _lone(pool: Pool) -> Iterable[EngineView]:
-    """The engines of islands in which one role is missing, with the reason."""
-    for island in pool.islands:
-        alone, others = (island.prefill, pool.decode) if island.prefill else (island.decode, pool.prefill)
-        if island.can_pair or not others:
-            continue
-        for engine in alone:
-            why = engine.facts.why_not_paired_with(others[0].facts)
-            yield msgspec.structs.replace(engine, unpaired=f"is never paired with {others[0].id}: {why}")
+def _difference(engine: EngineView, other: EngineView) -> str:
+    if engine.facts.model != other.facts.model:
+        return f"they serve different models, {engine.facts.model} and {other.facts.model}"
+    return engine.facts.why_not_paired_with(other.facts)
 
 
 class Choice(msgspec.Struct, frozen=True):

@@ -174,16 +174,8 @@ def _control_plane(
         say(f"made the router's key, {path}")
     registrar = Registrar(root, wall=wall, log=log)
     host, port = parse_listen("router.control", config.router.control)
-    heads: list[Head] = []  # the socket must know its listener, and the listener its socket
     try:
-        control = ControlServer(
-            host,
-            port,
-            key=key,
-            allows=registrar.allows,
-            on_message=lambda session, peer, frame: heads[0].hear(session, peer, frame),
-            log=log,
-        )
+        control = ControlServer(host, port, key=key, allows=registrar.allows, log=log)
     except StartError as error:
         if config.router.control != RouterSection().control or not engine_addresses(config.router):
             raise
@@ -200,7 +192,7 @@ def _control_plane(
         heartbeat_interval_s=config.cluster.heartbeat_interval_s,
         log=log,
     )
-    heads.append(head)
+    control.on_message = head.hear
     controller.on_beat = head.beat
     return head, control
 
@@ -294,8 +286,10 @@ async def serve_router(config: Config, say: Say) -> None:
     raise_file_limit()
     addresses = engine_addresses(config.router)
     root = state_root(config.security.state_dir or None, os.environ)
-    async with router_running(config, addresses, log, root=root, say=say) as router:
-        say(f"disagg {__version__} router")
+    notes: list[str] = []
+    async with router_running(config, addresses, log, root=root, say=notes.append) as router:
+        for line in (f"disagg {__version__} router", *notes):
+            say(line)
         for address in addresses:
             say(f"  {address.id:<12} {address.url}" + (f"  bootstrap port {address.bootstrap_port}" if address.bootstrap_port else ""))
         say_listeners(config, say)

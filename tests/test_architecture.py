@@ -18,7 +18,12 @@ ROOMS: dict[str, frozenset[str]] = {
         {
             "disagg.config",
             "disagg.handoff",
+            "disagg.cluster.change",
             "disagg.cluster.detector",
+            "disagg.cluster.members",
+            "disagg.status",
+            "disagg.wire.codec",
+            "disagg.wire.messages",
             "disagg.deploy.systemd",
             "disagg.engines.progress",
             "disagg.engines.restart",
@@ -45,7 +50,13 @@ ROOMS: dict[str, frozenset[str]] = {
     "HANDS": frozenset(
         {
             "disagg.ids",
+            "disagg.cluster.agent",
             "disagg.cluster.controller",
+            "disagg.cluster.head",
+            "disagg.cluster.keeper",
+            "disagg.cluster.prober",
+            "disagg.cluster.registrar",
+            "disagg.cluster.transport",
             "disagg.deploy.install",
             "disagg.engines.base",
             "disagg.engines.process",
@@ -58,6 +69,7 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.observe.log",
             "disagg.observe.metrics",
             "disagg.observe.notify",
+            "disagg.router.admin",
             "disagg.router.app",
             "disagg.router.attempt",
             "disagg.router.client",
@@ -71,7 +83,17 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.security.token",
         }
     ),
-    "DOOR": frozenset({"disagg.__main__", "disagg.cli", "disagg.server", "disagg.engines.embedded.__main__"}),
+    "DOOR": frozenset(
+        {
+            "disagg.__main__",
+            "disagg.ask",
+            "disagg.cli",
+            "disagg.engines.embedded.__main__",
+            "disagg.host",
+            "disagg.life",
+            "disagg.server",
+        }
+    ),
 }
 PACKAGES = frozenset(
     {
@@ -85,6 +107,7 @@ PACKAGES = frozenset(
             "disagg.router",
         ),
         "disagg.security",
+        "disagg.wire",
     }
 )
 

@@ -5,8 +5,8 @@
                                     Heartbeat ─► Ack             every interval, and at once when an engine changed
                               ◄──── Order ────── Answer
 
-A link on which nothing was acknowledged for `LINK_LOST_S` is given up and made anew: TCP would believe in it for minutes. The engines notice
-nothing of all that.
+A link on which nothing was acknowledged for `LINK_LOST_S` is given up and made anew: TCP would believe in it for minutes. The engines
+notice nothing of all that.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ RETRY_S = 0.2
 GRUMBLE_S = 10.0
 GOODBYE_MS = 500
 DRAIN_POLL_S = 0.05
+DRAIN_GRACE_S = 0.1
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -179,12 +180,13 @@ class Agent:
         """
         self._stopping = reason
         self.changed()
-        told = self._seq + 1
+        told, heard_at = self._seq + 1, 0.0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
                 while not urgent.is_set():  # the poll's own interval is what one waits for
-                    heard = self._acked >= told or not self.joined.is_set()
-                    if heard and not any(_busy(k.report()) for k in self._keepers.values()):
+                    if not heard_at and (self._acked >= told or not self.joined.is_set()):
+                        heard_at = self._loop.time()  # what was sent here before that may only now be arriving
+                    if heard_at and all(keeper.is_idle(heard_at + DRAIN_GRACE_S) for keeper in self._keepers.values()):
                         return True
                     await asyncio.sleep(DRAIN_POLL_S)
         return False
@@ -273,8 +275,7 @@ class Agent:
             if answer is not None:
                 return answer
         raise _LinkLostError(
-            f"no router answers at {self._host}:{self._port}: is it running, is the port open, and is it the one that this host's token came"
-            " from?"
+            f"no router answers at {self._host}:{self._port}: is it running, is the port open, and did this host's token come from it?"
         )
 
     async def _register(self, token_key: KeyPair) -> None:
@@ -345,7 +346,6 @@ class Agent:
         if not isinstance(answer, Welcome):
             raise _LinkLostError("the router did not answer a hello with one")
         self._interval_s = min(max(answer.heartbeat_interval_s, 0.05), 5.0)
-        self._seq = self._acked = 0
         self._acked_at = self._loop.time()
         self.was_joined = True
         self.joined.set()
@@ -441,8 +441,3 @@ def _read(frame: bytes) -> ToHost | DisaggError:
         return to_host.decode(frame)
     except FrameError as error:
         return _LinkLostError(f"the router sent something that cannot be read: {error}")
-
-
-def _busy(report: EngineReport) -> bool:
-    alive = report.state in {EngineState.READY, EngineState.DRAINING, EngineState.SUSPECT}
-    return alive and report.load.running + report.load.waiting > 0

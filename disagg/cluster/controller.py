@@ -3,8 +3,8 @@
     probes, reports, host verdicts ──► detectors (decide) ──► ClusterView ──► the relay reads it
     orders of people               ──► changes   (decide) ──► orders to agents, canaries, overlays
 
-One beat every `BEAT_S` asks all machines for what is due. It notices how late it is itself: time in which the router did not run is nobody's
-silence, and what a probe says that was under way meanwhile proves nothing.
+One beat every `BEAT_S` asks all machines for what is due. It notices how late it is itself: time in which the router did not run is
+nobody's silence, and what a probe says that was under way meanwhile proves nothing.
 """
 
 from __future__ import annotations

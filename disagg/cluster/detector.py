@@ -4,7 +4,7 @@ Theory of operation. What is known of an engine comes from up to four sides: its
 looks at it (*probes*: `/v1/loads`, at first `/v1/models` and `/server_info`), what the router knows of its host, and what a person ordered.
 The machine keeps the last word of each side and derives the state from them, worst news first:
 
-    DEAD         its process ended; two connections in a row were refused; its host left; its host is silent and so is the engine itself
+    DEAD         its process ended; two connections in a row were refused; its host took it down; its host is not heard and neither is it
     HELD         its agent gave up on starting it
     QUARANTINED  it runs in another mode than it should
     STARTING     it has not said yet what it serves
@@ -12,12 +12,19 @@ The machine keeps the last word of each side and derives the state from them, wo
     SWITCHING, DRAINING   ordered
     READY        none of these
 
-An engine without an agent is looked at every `probe_interval_s`; one with an agent only while there is trouble: its host is not heard, or a
-connection to it failed. Silence of the agent is not death of the engine. When the host has been silent for long enough, the engine's own
-signs of life decide: an answered probe, or bytes of a running answer, within the last `SIGN_OF_LIFE_S`.
+An engine without an agent is looked at every `probe_interval_s`; one with an agent only while there is trouble: its host is not heard, a
+connection to it failed, or it has not said yet that it runs in its role. Silence of the agent is not death of the engine. When the host has
+been silent for long enough, or has left, the engine is lost only if it was asked in vain (`HASTY_PATIENCE_S`) and gave no sign of life
+within the last `SIGN_OF_LIFE_S`: an answered probe, or bytes of a running answer.
 
-Whoever is DEAD, or stands still for `HANG_S` under work, loses its running requests too (`FailOver`), once. The answer of a health endpoint
-proves nothing (sglang#6624: 200 for over an hour with a dead scheduler); counters that move do.
+An engine hangs when its counters stood still under work for `HANG_S` and no bytes came in that time. The counters are read by the agent as
+long as its host is heard, and by the router otherwise; stillness counts as far as it was watched, so nobody hangs because nobody looked.
+The answer of a health endpoint proves nothing (sglang#6624: 200 for over an hour with a dead scheduler); counters that move do. Starting
+and switching are exempt: loading, warm-up and graph capture take as long as they take.
+
+Whoever is DEAD or HELD, or hangs, loses its running requests too (`FailOver`), once; so does a process that was replaced by another between
+two reports. What only the passing of time says (it hangs, it gives no sign of life) is decided on a `Tick`, which comes after a `Stalled`
+and brings the time of the last bytes. An answer to a probe that was under way when the process ended is the past.
 """
 
 from __future__ import annotations
@@ -38,6 +45,9 @@ HANG_S = 5.0
 HASTY_PROBE_S = 0.25
 HASTY_PATIENCE_S = 0.8
 HISTORY_LIMIT = 64
+REASON_LIMIT = 400
+"""Characters of a reason that an agent gave: it is kept in a history."""
+NEVER = float("-inf")
 
 
 class Answered(msgspec.Struct, frozen=True):
@@ -97,10 +107,11 @@ class Ordered(msgspec.Struct, frozen=True):
 
     Attributes:
         state: DRAINING or SWITCHING; None to bring it back.
+        reason: one sentence; nobody reads it when it is brought back.
     """
 
     state: EngineState | None
-    reason: str
+    reason: str = ""
 
 
 class Troubled(msgspec.Struct, frozen=True):
@@ -163,21 +174,27 @@ class EngineDetector:
         self._probing = False
         self._has_agent = host is not None
         self._host_state, self._host_reason = HostState.ONLINE, ""
+        self._gone = ""
         self._agent: EngineReport | None = None
+        self._process = (0, 0)
         self._order: EngineState | None = None
         self._order_reason = ""
-        self._expects = address.role
-        self._forget_process(now)
+        self._replaced = ""
+        self._begin_process()
 
-    def _forget_process(self, now: float) -> None:
+    def _begin_process(self) -> None:
         """A new process has none of the old one's sins."""
+        self._outdated = self._probing
         self._dead = ""
         self._trouble = ""
-        self._mode_fault = ""
+        self._mode = ""
         self._refusals = 0
-        self._answered_at = 0.0
-        self._last_bytes_at = 0.0
+        self._answered_at = NEVER
+        self._last_bytes_at = NEVER
+        self._vain_at: float | None = None  # when a question that was not answered yet counts as asked in vain
+        self._lifeless = False
         self._progress = Progress()
+        self._watched_at = NEVER
         self._hung = False
         self._failed_over = False
 
@@ -207,8 +224,9 @@ class EngineDetector:
         return commands if self._view == before else [*commands, Publish()]
 
     def next_deadline(self) -> float | None:
-        """When it wants a `Tick`; None while a probe is under way, or none is needed."""
-        return None if self._probing else self._probe_at
+        """When it wants a `Tick`, to probe or to judge what time brings; None when only an event from elsewhere can change anything."""
+        dues = (None if self._probing else self._probe_at, self._hangs_at(), self._lifeless_at())
+        return min((due for due in dues if due is not None), default=None)
 
     def check(self) -> None:
         """Asserts what is always true."""
@@ -216,6 +234,11 @@ class EngineDetector:
         assert self._view.state is not EngineState.READY or self._view.facts.model
         assert self._view.state is not EngineState.READY or self._host_state is HostState.ONLINE
         assert self._has_agent or self._probing or self._probe_at is not None
+        assert self._host_state is HostState.ONLINE or self._probing or self._probe_at is not None
+        assert self._view.state is not EngineState.READY or not (self._hung or self._lifeless or self._dead or self._gone)
+        assert self._view.state is not EngineState.DEAD or self._failed_over, "who is dead has lost what ran on it"
+        assert self._failed_over is self._is_lost()
+        assert not self._outdated or self._probing
         assert self._view.reason
 
     def __repr__(self) -> str:
@@ -224,63 +247,69 @@ class EngineDetector:
     # --- moves: each notes what one side says
 
     def _on_answer(self, event: Answered, now: float) -> list[Command]:
-        self._probing = False
+        if self._is_past():
+            return self._probe_anew(now)
         self._dead = self._trouble = ""
         self._refusals = 0
         self._answered_at = now
-        self._progress.seen(event.counter, event.working, now)
+        self._vain_at, self._lifeless = None, False
         self._take(event.facts, event.load)
-        self._check_mode(event.mode)
+        self._mode = event.mode or self._mode
+        if not self._agent_is_heard:
+            self._watch(event.counter, event.working and not self._is_exempt, now)
         self._probe_again(now)
         return []
 
     def _on_refusal(self, _event: Any, now: float) -> list[Command]:
-        self._probing = False
+        if self._is_past():
+            return self._probe_anew(now)
         self._refusals += 1
-        self._trouble = "it refused a connection"
         if self._refusals >= REFUSALS_UNTIL_DEAD and self._view.state is not EngineState.STARTING:
             self._dead = self._dead or f"it refused {REFUSALS_UNTIL_DEAD} connections in a row"
-        self._probe_again(now)
+        self._fail_probe("it refused a connection", now)
         return []
 
     def _on_timeout(self, event: TimedOut, now: float) -> list[Command]:
-        self._probing = False
+        if self._is_past():
+            return self._probe_anew(now)
         self._refusals = 0  # something listens
-        self._trouble = event.why
-        self._probe_again(now)
+        self._fail_probe(event.why, now)
         return []
 
     def _on_exit(self, event: Exited, now: float) -> list[Command]:
         self._dead = f"its process ended with code {event.code}" if event.code is not None else "its process ended"
+        self._outdated = self._probing
         self._probe_again(now)
         return []
 
     def _on_report(self, event: Reported, now: float) -> list[Command]:
-        report, last = event.report, self._agent
-        if last is not None and (last.pid, last.start_ticks) != (report.pid, report.start_ticks):
-            self._forget_process(now)
-            self._view = msgspec.structs.replace(self._view, facts=EngineFacts(), load=EngineLoad())
+        report = event.report
+        self._note_process(report)
+        if report.role is not self._view.address.role:
+            self._mode = ""
         self._agent = report
         address = EngineAddress(
             report.id, report.role, report.host, report.port, report.bootstrap_port, api_key=report.api_key, pid=report.pid
         )
         if address != self._view.address:  # the same object as long as it is the same place: connections hang on it
             self._view = msgspec.structs.replace(self._view, address=address)
-        self._expects = report.role
-        self._progress.seen(report.counter, report.working, now)
         if report.facts.model:
             self._take(report.facts, report.load)
+        if self._agent_is_heard:
+            self._watch(report.counter, report.working and not self._is_exempt, now)
         return []
 
     def _on_host(self, event: HostJudged, now: float) -> list[Command]:
         self._host_state, self._host_reason = event.state, event.reason
         self._note_bytes(event.last_bytes_at)
-        if event.engines_gone:
-            self._dead = event.reason
+        self._gone = event.reason if event.engines_gone else ""
         if event.state is HostState.ONLINE:
-            self._probe_again(now)
-        else:
-            self._probe_at = now
+            self._vain_at, self._lifeless = None, False
+            self._probe_at = now if self._dead or self._trouble or not self._has_agent else None
+            return []
+        self._probe_at = now
+        if self._probing:
+            self._expect_answer_by(now + HASTY_PATIENCE_S)  # this probe has more patience than we have now
         return []
 
     def _on_order(self, event: Ordered, _now: float) -> list[Command]:
@@ -292,111 +321,189 @@ class EngineDetector:
         return []
 
     def _on_void(self, _event: Any, now: float) -> list[Command]:
-        self._probing = False
-        self._probe_at = now
-        return []
+        self._vain_at = None
+        return self._probe_anew(now)
 
     def _on_stall(self, event: Stalled, now: float) -> list[Command]:
         self._answered_at = min(now, self._answered_at + event.lag_s)
         self._last_bytes_at = min(now, self._last_bytes_at + event.lag_s)
+        self._vain_at = None if self._vain_at is None else self._vain_at + event.lag_s
         self._progress.slept(event.lag_s)
         return []
 
     def _on_tick(self, event: Tick, now: float) -> list[Command]:
         self._note_bytes(event.last_bytes_at)
+        hangs_at, lifeless_at = self._hangs_at(), self._lifeless_at()
+        self._hung = self._hung or (hangs_at is not None and now >= hangs_at)
+        self._lifeless = self._lifeless or (lifeless_at is not None and now >= lifeless_at)
         if self._probing or self._probe_at is None or now < self._probe_at:
             return []
         self._probing, self._probe_at = True, None
-        return [Probe(None if self._host_state is HostState.ONLINE else HASTY_PATIENCE_S)]
+        if self._host_state is HostState.ONLINE:
+            return [Probe()]
+        self._expect_answer_by(now + HASTY_PATIENCE_S)
+        return [Probe(HASTY_PATIENCE_S)]
 
     # --- what moves share
 
+    @property
+    def _agent_is_heard(self) -> bool:
+        return self._has_agent and self._host_state is HostState.ONLINE
+
+    @property
+    def _is_exempt(self) -> bool:
+        """What it does now takes as long as it takes."""
+        return self._order is EngineState.SWITCHING or (self._agent is not None and self._agent.state in _EXEMPT)
+
+    def _note_process(self, report: EngineReport) -> None:
+        """Another pid is another process; none at all is no news, for an agent may not know it yet, or any more."""
+        process, last = (report.pid, report.start_ticks), self._process
+        if not report.pid or process == last:
+            return
+        self._process = process
+        if not last[0]:
+            return
+        self._replaced = "" if self._failed_over else f"its process {last[0]} was replaced by {report.pid}"
+        self._begin_process()
+        self._view = msgspec.structs.replace(self._view, facts=EngineFacts(), load=EngineLoad())
+
     def _note_bytes(self, at: float) -> None:
-        self._last_bytes_at = max(self._last_bytes_at, at)
+        if not at or at <= self._last_bytes_at:
+            return
+        self._last_bytes_at = at
+        self._hung = False
+        if self._answered_at < at:
+            self._lifeless = False
+
+    def _watch(self, counter: int, working: bool, now: float) -> None:
+        self._progress.seen(counter, working, now)
+        self._watched_at = now
+        self._hung = self._hung and self._progress.still_s(now) > 0.0
+
+    def _fail_probe(self, why: str, now: float) -> None:
+        self._trouble = why
+        if not self._agent_is_heard:
+            self._watched_at = now  # nothing moved, and the work is what it was
+        if self._host_state is not HostState.ONLINE:
+            self._expect_answer_by(now)
+        self._probe_again(now)
+
+    def _expect_answer_by(self, at: float) -> None:
+        self._vain_at = at if self._vain_at is None else min(at, self._vain_at)
+
+    def _is_past(self) -> bool:
+        """True when a probe ended that was asked of an earlier process, or of one that has ended meanwhile."""
+        self._probing, past = False, self._outdated
+        self._outdated = False
+        return past
+
+    def _probe_anew(self, now: float) -> list[Command]:
+        self._probing = self._outdated = False
+        self._probe_at = now
+        return []
 
     def _take(self, facts: EngineFacts, load: EngineLoad) -> None:
         view = self._view
         self._view = msgspec.structs.replace(view, facts=view.facts if facts == view.facts else facts, load=load)
 
-    def _check_mode(self, mode: str) -> None:
-        wrong = bool(mode) and mode != _MODES[self._expects]
-        self._mode_fault = f"it was given as a {self._expects} engine but runs in mode {mode!r}" if wrong else ""
+    @property
+    def _mode_fault(self) -> str:
+        role = self._view.address.role
+        wrong = bool(self._mode) and self._mode != _MODES[role] and not self._is_switching
+        return f"it was given as a {role} engine but runs in mode {self._mode!r}" if wrong else ""
+
+    @property
+    def _is_switching(self) -> bool:
+        agents = self._agent is not None and self._agent.state is EngineState.SWITCHING
+        return agents or self._order is EngineState.SWITCHING
 
     def _probe_again(self, now: float) -> None:
         if self._host_state is not HostState.ONLINE:
             self._probe_at = now + HASTY_PROBE_S
-        elif self._dead or self._trouble:
+        elif self._dead or self._trouble or self._mode_fault:
             self._probe_at = now + self._interval_s / 4
         elif not self._has_agent:
             self._probe_at = now + (self._interval_s if self._view.facts.model else self._interval_s / 4)
         else:
             self._probe_at = None
 
+    def _hangs_at(self) -> float | None:
+        """When what was seen of it so far makes it hung; None when it does not, or it hangs already."""
+        if self._hung or self._progress.still_s(self._watched_at) < self._hang_s:
+            return None
+        return max(self._watched_at, self._last_bytes_at + self._hang_s)
+
+    def _lifeless_at(self) -> float | None:
+        """When it is lost for want of a sign of life; None when it is not to be, or is already."""
+        if self._lifeless or self._vain_at is None or self._host_state not in _NOT_HEARD:
+            return None
+        return max(self._vain_at, max(self._answered_at, self._last_bytes_at) + SIGN_OF_LIFE_S)
+
     def _judge(self, now: float) -> None:
-        still_s = self._progress.still_s(now)
-        self._hung = still_s >= self._hang_s
-        state, reason = self._verdict(now)
-        shown_s = round(still_s, 1) if self._hung else 0.0
-        self._view = msgspec.structs.replace(self._view, state=state, reason=reason, still_s=shown_s)
+        state, reason = self._why_out_of_life() or self._why_not_started() or self._why_suspect() or self._why_ordered()
+        still_s = round(self._progress.still_s(now), 1) if self._hung else 0.0
+        view = self._view
+        if (state, reason, still_s) != (view.state, view.reason, view.still_s):
+            self._view = msgspec.structs.replace(view, state=state, reason=reason, still_s=still_s)
 
-    def _verdict(self, now: float) -> tuple[EngineState, str]:
-        return self._why_out_of_life(now) or self._why_not_started() or self._why_suspect() or self._why_ordered()
-
-    def _why_out_of_life(self, now: float) -> tuple[EngineState, str] | None:
+    def _why_out_of_life(self) -> tuple[EngineState, str] | None:
         agent = self._agent
         if agent is not None and agent.state in _OUT_OF_LIFE:
-            return agent.state, agent.reason or "its agent says so"
+            return agent.state, agent.reason[:REASON_LIMIT] or "its agent says so"
         if self._dead:
             return EngineState.DEAD, self._dead
-        if self._host_state in {HostState.SILENT, HostState.LEFT} and not self._shows_life(now):
+        if self._gone:
+            return EngineState.DEAD, f"its host: {self._gone}"
+        if self._lifeless:
             return EngineState.DEAD, f"its host is not heard ({self._host_reason}) and it gives no sign of life itself"
-        if self._mode_fault:
-            return EngineState.QUARANTINED, self._mode_fault
-        return None
-
-    def _shows_life(self, now: float) -> bool:
-        return now - max(self._answered_at, self._last_bytes_at) <= SIGN_OF_LIFE_S
+        fault = self._mode_fault
+        return (EngineState.QUARANTINED, fault) if fault else None
 
     def _why_not_started(self) -> tuple[EngineState, str] | None:
-        if self._agent is not None and self._agent.state is EngineState.STARTING:
-            return EngineState.STARTING, self._agent.reason or "it is starting"
+        agent = self._agent
+        if agent is not None and agent.state is EngineState.STARTING:
+            return EngineState.STARTING, agent.reason[:REASON_LIMIT] or "it is starting"
         if self._view.facts.model:
             return None
-        if self._answered_at:
+        if self._answered_at > NEVER:
             return EngineState.SUSPECT, "it does not say which model it serves"
         listens = f"nothing listens at {self._view.address.url} yet" if self._refusals else "it has not answered yet"
         return EngineState.STARTING, listens
 
     def _why_suspect(self) -> tuple[EngineState, str] | None:
+        agent = self._agent
         if self._hung:
             return EngineState.SUSPECT, f"it has work and its counters have not moved for {self._hang_s:g} s"
         if self._host_state is not HostState.ONLINE:
             return EngineState.SUSPECT, f"its host: {self._host_reason}"
         if self._trouble:
             return EngineState.SUSPECT, self._trouble
-        if self._agent is not None and self._agent.state is EngineState.SUSPECT:
-            return EngineState.SUSPECT, self._agent.reason
+        if agent is not None and agent.state is EngineState.SUSPECT:
+            return EngineState.SUSPECT, agent.reason[:REASON_LIMIT] or "its agent says so"
         return None
 
     def _why_ordered(self) -> tuple[EngineState, str]:
+        agent = self._agent
         if self._order is not None:
-            return self._order, self._order_reason
-        if self._agent is not None and self._agent.state in {EngineState.DRAINING, EngineState.SWITCHING}:
-            return self._agent.state, self._agent.reason
+            return self._order, self._order_reason or "ordered"
+        if agent is not None and agent.state in {EngineState.DRAINING, EngineState.SWITCHING}:
+            return agent.state, agent.reason[:REASON_LIMIT] or "its agent says so"
         return EngineState.READY, "it answers"
 
+    def _is_lost(self) -> bool:
+        return self._hung or self._view.state in {EngineState.DEAD, EngineState.HELD}
+
     def _fail_over_once(self) -> list[Command]:
-        lost = self._hung or self._view.state in {EngineState.DEAD, EngineState.HELD}
-        if not lost:
-            self._failed_over = False
-            return []
-        if self._failed_over:
-            return []
-        self._failed_over = True
-        return [FailOver(self._view.reason)]
+        before, self._failed_over = self._failed_over, self._is_lost()
+        cause, self._replaced = self._replaced, ""
+        if self._failed_over and not before:
+            return [FailOver(self._view.reason)]
+        return [FailOver(cause)] if cause else []
 
 
 _OUT_OF_LIFE = frozenset({EngineState.DEAD, EngineState.HELD, EngineState.QUARANTINED})
+_EXEMPT = frozenset({EngineState.STARTING, EngineState.SWITCHING})
+_NOT_HEARD = frozenset({HostState.SILENT, HostState.LEFT})
 _MODES = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.UNIFIED: "null"}
 
 _MOVES: Mapping[type, Callable[[EngineDetector, Any, float], list[Command]]] = {

@@ -69,6 +69,9 @@ class Keeper(Protocol):
     def report(self) -> EngineReport:
         """How it is."""
 
+    def is_idle(self, since: float) -> bool:
+        """It said after this moment that nothing runs on it, or it cannot run anything."""
+
     async def run(self) -> None:
         """Keeps it until cancelled."""
 
@@ -166,6 +169,17 @@ class _Watched:
             self._said = said
             self._on_change()
 
+    def is_idle(self, since: float) -> bool:
+        """It said after this moment that nothing runs on it, or it cannot run anything."""
+        report = self.report()
+        if report.state not in _MAY_RUN:
+            return True
+        return self._answered_at > since and report.load.running + report.load.waiting == 0
+
+    def report(self) -> EngineReport:
+        """How it is."""
+        raise NotImplementedError
+
     def drain(self, reason: str) -> None:
         """No new work; empty: work again."""
         self._drained = reason
@@ -229,6 +243,7 @@ class EngineKeeper(_Watched):
         self._address: EngineAddress | None = None
         self._start_ticks = 0
         self._last_words = ""
+        self._leaving = False
         self._wake = asyncio.Event()
         self._ended = asyncio.Event()
 
@@ -303,7 +318,7 @@ class EngineKeeper(_Watched):
             case Spawn():
                 self._spawn(self._start(), f"start {self.id}")
             case Terminate():
-                if self._process is not None:
+                if self._process is not None and not self._leaving:
                     self._process.terminate()
             case Kill(cause=cause):
                 self._log.error("killing the engine", cause=cause)
@@ -443,6 +458,7 @@ class EngineKeeper(_Watched):
     async def stop(self, limit_s: float) -> None:
         """SIGTERM, SIGKILL after `limit_s` seconds."""
         process = self._process
+        self._leaving = True  # the launcher ends it, in its own way; a second SIGTERM would mean "at once" to many a program
         if self._life.state in {State.STARTING, State.RUNNING, State.BACKOFF, State.HELD}:
             self._feed(StopAsked("its agent stops"))
         if process is not None and process.alive:
@@ -515,4 +531,5 @@ class AttachedKeeper(_Watched):
         """Nothing is held."""
 
 
+_MAY_RUN = frozenset({EngineState.READY, EngineState.DRAINING, EngineState.SWITCHING})
 MODES = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.UNIFIED: "null"}

@@ -4,14 +4,17 @@ Theory of operation. A host is known by its key; the key was registered under a 
 name. Its agent says hello with an incarnation, which counts its starts, and a nonce, which tells a clone of its state directory from
 itself. One incarnation of a host holds its seat at a time:
 
-- the same incarnation and nonce again is the same agent over a new connection: it keeps its seat;
-- another one while the seat's holder is alive is refused, with the reason, and may try again: a clone stays out as long as the original
-  lives, and an agent that was killed and started again gets in as soon as its predecessor is silent for `SUSPECT_S`;
-- a lower incarnation than one seen before is stale and refused for good, a copy of an old state directory above all;
+- the same incarnation and nonce again is the same agent over a new connection: it keeps its seat, unless it has said goodbye;
+- a lower incarnation than the seat's is stale and refused for good, a copy of an old state directory above all;
+- another one while anything was heard of the seat's holder within `SUSPECT_S` is refused, with the reason, and may try again: a clone stays
+  out as long as the original lives, and an agent that was killed and started again gets in as soon as its predecessor is silent;
 - heartbeats of an incarnation that holds no seat are fenced: they change nothing, and their sender is told so.
 
+The heartbeats of one incarnation are numbered. The one with the highest number is the newest word and says by which connection the host is
+reached now; what is not higher than the last one, repeated or overtaken on the way, changes nothing.
+
 A host is alive while both directions work. Each heartbeat repeats the number of the last acknowledgement that arrived, so the machine knows
-when it last sent something that was heard: that moment, not the arrival of a heartbeat, counts (`proved_at`).
+when it last sent something that was heard: that moment, not the arrival of a heartbeat or a hello, counts (`proved_at`).
 
              hello                  silent for SUSPECT_S            silent for SILENT_S
   (unknown) ──────► ONLINE ─────────────────────► SUSPECT ─────────────────────► SILENT
@@ -19,13 +22,18 @@ when it last sent something that was heard: that moment, not the arrival of a he
                       └──────────────────────────────┴───── proved again ──────────┘
 
 SUSPECT means: no new work. SILENT means: whoever has work there must ask the engines themselves; that a host cannot be heard does not say
-that its engines are dead. Time that the router itself was asleep (`Stalled`) counts for nobody's silence.
+that its engines are dead. Time that the router itself was asleep (`Stalled`) counts for nobody's silence. A state gets worse on a `Tick`
+only, which comes after the `Stalled`: a heartbeat that lay in a queue while the router slept accuses nobody. It gets better on a proof
+only.
+
+A seat is kept until its host is revoked, so there are no more seats than registered hosts.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -35,10 +43,10 @@ from disagg.wire.messages import EngineReport
 
 SUSPECT_S = 1.0
 SILENT_S = 2.0
+LATELY_S = 0.5
+"""Who was heard within this still sends: a proof is older than the heartbeat that brings it, so silence begins before the last one."""
 ACKS_KEPT = 64
 HISTORY_LIMIT = 256
-SEEN_LIMIT = 4096
-"""Host names of which the highest incarnation is remembered; registration bounds their number long before."""
 
 
 class HelloSeen(msgspec.Struct, frozen=True):
@@ -143,7 +151,13 @@ Command = SendWelcome | SendRefusal | SendAck | TakeReports | PublishHost | Forg
 
 
 class _Seat:
-    """What is known of the incarnation that holds a host's seat."""
+    """What is known of the incarnation that holds a host's seat.
+
+    Attributes:
+        heard_at: when anything of it arrived last.
+        proved_at: when the last thing was sent to it of which it is known to have heard.
+        seq: of the newest heartbeat.
+    """
 
     __slots__ = ("acks", "engines_stay", "heard_at", "incarnation", "nonce", "proved_at", "seq", "session", "view")
 
@@ -156,10 +170,6 @@ class _Seat:
         self.acks: deque[tuple[int, float]] = deque(maxlen=ACKS_KEPT)  # (seq, when its acknowledgement was sent)
         self.engines_stay = False
         self.view = HostView(event.host, HostState.ONLINE, event.address, event.incarnation, event.release, "it joined")
-
-    @property
-    def is_held(self) -> bool:
-        return self.view.state is HostState.ONLINE
 
     def is_of(self, incarnation: int, nonce: str) -> bool:
         return self.incarnation == incarnation and self.nonce == nonce
@@ -176,7 +186,6 @@ class Members:
         self.history: deque[tuple[float, HostId, str]] = deque(maxlen=HISTORY_LIMIT)
         self.fenced = 0
         self._seats: dict[HostId, _Seat] = {}
-        self._highest: dict[HostId, int] = {}
 
     @property
     def hosts(self) -> list[HostView]:
@@ -208,18 +217,18 @@ class Members:
 
     def next_deadline(self) -> float | None:
         """When the next host would have been silent for too long; None when no host is left to wait for."""
-        dues = [seat.proved_at + _PATIENCE_S[seat.view.state] for seat in self._seats.values() if seat.view.state in _PATIENCE_S]
+        dues = (seat.proved_at + _WORSE[seat.view.state][1] for seat in self._seats.values() if seat.view.state in _WORSE)
         return min(dues, default=None)
 
     def check(self) -> None:
         """Asserts what is always true."""
         for name, seat in self._seats.items():
             assert seat.view.id == name
-            assert seat.view.incarnation == seat.incarnation <= self._highest[name]
+            assert seat.view.incarnation == seat.incarnation
             assert seat.proved_at <= seat.heard_at
-            assert all(a < b for (a, _), (b, _) in zip(seat.acks, list(seat.acks)[1:], strict=False))
+            assert all(a < b for (a, _), (b, _) in pairwise(seat.acks))
+            assert all(number <= seat.seq for number, _ in seat.acks)
             assert seat.view.reason
-        assert len(self._highest) <= SEEN_LIMIT
 
     def __repr__(self) -> str:
         counts = {state: sum(s.view.state is state for s in self._seats.values()) for state in HostState}
@@ -229,45 +238,42 @@ class Members:
 
     def _hello(self, event: HelloSeen, now: float) -> list[Command]:
         seat = self._seats.get(event.host)
-        if seat is not None and seat.is_of(event.incarnation, event.nonce) and seat.view.state is not HostState.LEFT:
+        if seat is None:
+            return self._seat_anew(event, now)
+        if seat.is_of(event.incarnation, event.nonce):
             return self._welcome_again(seat, event, now)
-        if seat is not None and seat.is_held and now - seat.heard_at < SUSPECT_S:
+        if event.incarnation < seat.incarnation:
+            return [self._refuse(event, _why_stale(seat, event), final=True)]
+        if seat.view.state is not HostState.LEFT and now - seat.heard_at < SUSPECT_S:
             return [self._refuse(event, _why_taken(seat, event))]
-        if event.incarnation < self._highest.get(event.host, 0):
-            highest = self._highest[event.host]
-            reason = f"it starts for the {event.incarnation}th time by its own count, and incarnation {highest} was here before"
-            return [self._refuse(event, f"{reason}: its state directory is an old copy; remove it and join with a new token", final=True)]
         return self._seat_anew(event, now)
 
     def _seat_anew(self, event: HelloSeen, now: float) -> list[Command]:
-        if event.host not in self._highest and len(self._highest) >= SEEN_LIMIT:
-            self._highest.pop(next(name for name in self._highest if name not in self._seats), None)
         seat = self._seats[event.host] = _Seat(event, now)
-        self._highest[event.host] = event.incarnation
         self._note(event.host, f"incarnation {event.incarnation} joined", now)
         return [SendWelcome(event.host, event.session), PublishHost(seat.view), TakeReports(event.host, event.engines)]
 
     def _welcome_again(self, seat: _Seat, event: HelloSeen, now: float) -> list[Command]:
+        """Nothing is proved by it: a host that hears nothing of us would say it again and again."""
+        if seat.view.state is HostState.LEFT:
+            self.fenced += 1  # it was under way when its agent said goodbye
+            return [self._refuse(event, f"incarnation {event.incarnation} of {event.host} said goodbye: start its agent again")]
         seat.session = event.session
-        seat.acks.clear()
-        seat.heard_at = seat.proved_at = now
-        seat.seq = 0
-        published = self._change(seat, HostState.ONLINE, "it connected again", now)
-        return [SendWelcome(event.host, event.session), *published, TakeReports(event.host, event.engines)]
+        seat.heard_at = now
+        return [SendWelcome(event.host, event.session), TakeReports(event.host, event.engines)]
 
     def _heartbeat(self, event: HeartbeatSeen, now: float) -> list[Command]:
         seat = self._seats.get(event.host)
         if seat is None or not seat.is_of(event.incarnation, event.nonce) or seat.view.state is HostState.LEFT:
             return self._fence(event)
-        if event.seq <= seat.seq or event.session != seat.session:
-            self.fenced += 1  # repeated, overtaken, or what was still under way on an older connection
+        if event.seq <= seat.seq:
+            self.fenced += 1  # repeated or overtaken
             return []
-        seat.seq = event.seq
+        seat.seq, seat.session = event.seq, event.session
         seat.heard_at = now
         self._prove(seat, event.acked)
         seat.acks.append((event.seq, now))
-        published = self._judge(seat, now)
-        return [SendAck(event.session, event.seq), *published, TakeReports(event.host, event.engines)]
+        return [SendAck(event.session, event.seq), *self._recover(seat, now), TakeReports(event.host, event.engines)]
 
     def _fence(self, event: HeartbeatSeen) -> list[Command]:
         self.fenced += 1
@@ -275,7 +281,7 @@ class Members:
 
     def _goodbye(self, event: GoodbyeSeen, now: float) -> list[Command]:
         seat = self._seats.get(event.host)
-        if seat is None or not seat.is_of(event.incarnation, event.nonce):
+        if seat is None or not seat.is_of(event.incarnation, event.nonce) or seat.view.state is HostState.LEFT:
             self.fenced += 1
             return []
         seat.engines_stay = event.engines_stay
@@ -284,7 +290,6 @@ class Members:
 
     def _revoked(self, event: HostRevoked, now: float) -> list[Command]:
         seat = self._seats.pop(event.host, None)
-        self._highest.pop(event.host, None)
         self._note(event.host, "revoked", now)
         if seat is None:
             return []
@@ -307,18 +312,19 @@ class Members:
         while seat.acks and seat.acks[0][0] <= acked:
             seat.proved_at = max(seat.proved_at, seat.acks.popleft()[1])
 
+    def _recover(self, seat: _Seat, now: float) -> list[Command]:
+        if now - seat.proved_at < SUSPECT_S and seat.view.state is not HostState.ONLINE:
+            return self._change(seat, HostState.ONLINE, "it answers", now)
+        return []
+
     def _judge(self, seat: _Seat, now: float) -> list[Command]:
-        if seat.view.state is HostState.LEFT:
+        due = _WORSE.get(seat.view.state)
+        if due is None or now < seat.proved_at + due[1]:
             return []
-        silent_s = now - seat.proved_at
-        if silent_s < SUSPECT_S:
-            return self._change(seat, HostState.ONLINE, "it answers", now) if not seat.is_held else []
-        state = HostState.SUSPECT if silent_s < SILENT_S else HostState.SILENT
-        if state is seat.view.state:
-            return []
-        if now - seat.heard_at < SUSPECT_S:
-            return self._change(seat, state, f"its heartbeats arrive, but for {_PATIENCE_TEXT[state]} it has not heard ours", now)
-        return self._change(seat, state, f"no heartbeat for {_PATIENCE_TEXT[state]}", now)
+        state, patience_s = _WORSE[HostState.SUSPECT] if now >= seat.proved_at + SILENT_S else due
+        if now - seat.heard_at < LATELY_S:
+            return self._change(seat, state, f"its heartbeats arrive, but for {patience_s:g} s it has not heard ours", now)
+        return self._change(seat, state, f"no heartbeat for {patience_s:g} s", now)
 
     def _change(self, seat: _Seat, state: HostState, reason: str, now: float) -> list[Command]:
         before = seat.view
@@ -334,8 +340,15 @@ class Members:
         self.history.append((now, host, what))
 
 
-_PATIENCE_S = {HostState.ONLINE: SUSPECT_S, HostState.SUSPECT: SILENT_S}
-_PATIENCE_TEXT = {HostState.SUSPECT: f"{SUSPECT_S:g} s", HostState.SILENT: f"{SILENT_S:g} s"}
+_WORSE = {HostState.ONLINE: (HostState.SUSPECT, SUSPECT_S), HostState.SUSPECT: (HostState.SILENT, SILENT_S)}
+
+
+def _why_stale(seat: _Seat, event: HelloSeen) -> str:
+    return (
+        f"it calls itself incarnation {event.incarnation} of {event.host}, and incarnation {seat.incarnation} was here before: either an"
+        " agent that was started later runs on this state directory, or the directory is an old copy; stop this one, or remove the copy and"
+        " join with a new token"
+    )
 
 
 def _why_taken(seat: _Seat, event: HelloSeen) -> str:

@@ -183,8 +183,7 @@ def cluster_json(view: ClusterView) -> dict[str, Any]:
             "role": e.address.role.value,
             "state": e.state.value,
             "model": e.facts.model,
-            "url": e.address.url,
-            "bootstrap_port": e.address.bootstrap_port or None,
+            "url": e.address.url if e.address.port else "",
             "pid": e.address.pid or None,
             "load": {
                 "running": e.load.running,

@@ -2,7 +2,7 @@
 
 A frame is ``b"dsg"``, one byte of major and one of minor version, and a msgpack map whose ``kind`` names the message. Who decodes tolerates
 fields that it does not know and says of everything else in one sentence why it was refused; nothing that came over a wire is ever trusted
-to be short or shallow.
+to be short, shallow or simple. No sentence repeats what a frame holds.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ MAJOR = 1
 MINOR = 0
 FRAME_LIMIT = 1024 * 1024
 DEPTH_LIMIT = 16
+VALUES_LIMIT = 8192
+"""Values in a frame that must be looked at one by one; 64 engines need half of that."""
 
 _MAGIC = b"dsg"
 _HEADER = _MAGIC + bytes((MAJOR, MINOR))
@@ -35,6 +37,12 @@ class FrameTooLargeError(FrameError):
     """Over `FRAME_LIMIT` bytes."""
 
     why = "too_large"
+
+
+class FrameTooComplexError(FrameError):
+    """More than `VALUES_LIMIT` values; or an array or map that promises more than the frame can hold."""
+
+    why = "too_complex"
 
 
 class FrameTooDeepError(FrameError):
@@ -67,9 +75,12 @@ def encode(message: Message) -> bytes:
     """A message as a frame.
 
     Raises:
-        FrameTooLargeError: it is over the limit, which no honest message is.
+        FrameTooLargeError: it is over the limit, or holds a number of more than 64 bits, which no honest message does.
     """
-    frame = _HEADER + _encoder.encode(message)
+    try:
+        frame = _HEADER + _encoder.encode(message)
+    except OverflowError as error:
+        raise FrameTooLargeError(f"a {type(message).__name__} holds a number of more than 64 bits") from error
     if len(frame) > FRAME_LIMIT:
         raise FrameTooLargeError(f"a {type(message).__name__} of {len(frame)} bytes is over the limit of {FRAME_LIMIT}")
     return frame
@@ -78,8 +89,9 @@ def encode(message: Message) -> bytes:
 class Reader(Generic[M]):
     """Decodes the frames of one direction."""
 
-    def __init__(self, kind: Any) -> None:
-        self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(kind)
+    def __init__(self, union: Any) -> None:
+        self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(union)
+        self._kinds = frozenset(kind.__struct_config__.tag for kind in union.__args__)
 
     def decode(self, frame: bytes) -> M:
         """A frame as a message.
@@ -91,28 +103,37 @@ class Reader(Generic[M]):
             raise FrameTooLargeError(f"a frame of {len(frame)} bytes is over the limit of {FRAME_LIMIT}")
         _check_header(frame)
         body = frame[len(_HEADER) :]
-        if _may_be_deep(body) and depth(body) > DEPTH_LIMIT:
+        if _needs_a_look(body) and depth(body) > DEPTH_LIMIT:
             raise FrameTooDeepError(f"a frame is nested more than {DEPTH_LIMIT} deep")
         try:
             return self._decoder.decode(body)
         except msgspec.ValidationError as error:
-            raise self._why_invalid(body, error) from error
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise FrameError("a frame is not valid msgpack") from error
+            raise self._why_invalid(body, error) from None  # msgspec's own sentence may quote the frame, and a log would show it
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            raise FrameError("a frame is not valid msgpack") from None
 
     def _why_invalid(self, body: bytes, error: msgspec.ValidationError) -> FrameError:
         try:
             kind = _kind_of.decode(body).kind
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return FrameError("a frame holds no message: it has no kind")
-        if kind not in _KINDS:
+        if kind not in to_router._kinds | to_host._kinds:
             return UnknownKindError("a frame holds a message of a kind that this release does not know")
-        return FrameError(f"a frame holds a {kind} message that is not one: {error}")
+        if kind not in self._kinds:
+            return FrameError(f"a frame holds a message of the kind {kind}, which only the other side may send")
+        return FrameError(f"a frame holds a message of the kind {kind} that is not one: {_without_quotes(str(error))}")
 
 
 to_router: Reader[ToRouter] = Reader(ToRouter)
 to_host: Reader[ToHost] = Reader(ToHost)
-_KINDS = frozenset(kind.__struct_config__.tag for union in (ToRouter, ToHost) for kind in union.__args__)
+
+
+def _without_quotes(sentence: str) -> str:
+    """What msgspec says as far as it speaks of our types; of a wrong word it shows the word itself."""
+    said, at, path = sentence.rpartition(" - at ")
+    said = said if at else sentence
+    safe = said if said.startswith(("Expected ", "Object missing ")) else "a value that this release does not know"
+    return f"{safe}{at}{path if at else ''}"
 
 
 def _check_header(frame: bytes) -> None:
@@ -128,19 +149,21 @@ def _check_header(frame: bytes) -> None:
 
 _CONTAINERS = bytes((*range(0x80, 0xA0), *range(0xDC, 0xE0)))
 _OTHERS = bytes(set(range(256)) - set(_CONTAINERS))
+_HUGE = (b"\xdd", b"\xdf")  # an array and a map whose count has four bytes
 
 
-def _may_be_deep(body: bytes) -> bool:
-    """False when the body holds too few bytes that could open an array or a map; most frames end their check here, in C."""
-    return len(body.translate(None, _OTHERS)) > DEPTH_LIMIT
+def _needs_a_look(body: bytes) -> bool:
+    """False when too few bytes could open an array or a map, and none a huge one: most frames end their check here, in C."""
+    heads = body.translate(None, _OTHERS)
+    return len(heads) > DEPTH_LIMIT or any(huge in heads for huge in _HUGE)
 
 
-_NIL_TO_TRUE = dict.fromkeys(range(0xC0, 0xC4), 0)
-_NUMBERS = {0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}
-_FIXED_EXTENSIONS = {0xD4: 2, 0xD5: 3, 0xD6: 5, 0xD7: 9, 0xD8: 17}
-_ONE_BYTE = dict.fromkeys((*range(0x80), *range(0xE0, 0x100)), 0)
-_SHORT_STRINGS = {first: first & 0x1F for first in range(0xA0, 0xC0)}
-_FIXED = _NIL_TO_TRUE | _NUMBERS | _FIXED_EXTENSIONS | _ONE_BYTE | _SHORT_STRINGS  # first byte -> bytes that follow it
+_NIL_TO_TRUE = dict.fromkeys(range(0xC0, 0xC4), 1)
+_NUMBERS = {0xCA: 5, 0xCB: 9, 0xCC: 2, 0xCD: 3, 0xCE: 5, 0xCF: 9, 0xD0: 2, 0xD1: 3, 0xD2: 5, 0xD3: 9}
+_FIXED_EXTENSIONS = {0xD4: 3, 0xD5: 4, 0xD6: 6, 0xD7: 10, 0xD8: 18}
+_ONE_BYTE = dict.fromkeys((*range(0x80), *range(0xE0, 0x100)), 1)
+_SHORT_STRINGS = {first: 1 + (first & 0x1F) for first in range(0xA0, 0xC0)}
+_FIXED = _NIL_TO_TRUE | _NUMBERS | _FIXED_EXTENSIONS | _ONE_BYTE | _SHORT_STRINGS  # first byte -> bytes of the whole value
 _SIZED = {0xC4: (1, 0), 0xC5: (2, 0), 0xC6: (4, 0), 0xC7: (1, 1), 0xC8: (2, 1), 0xC9: (4, 1), 0xD9: (1, 0), 0xDA: (2, 0), 0xDB: (4, 0)}
 _COUNTED = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}  # first byte -> bytes of the count, items per element
 
@@ -149,28 +172,37 @@ def depth(body: bytes) -> int:
     """How deep arrays and maps are nested in a msgpack value; counts no further than just over the limit.
 
     A body that ends too early is as deep as it got: the decoder says what is wrong with it.
+
+    Raises:
+        FrameTooComplexError: it has too many values, or promises more of them than it has bytes.
     """
     left = [1]  # items that each open container still expects
-    deepest = at = 0
-    while left and at < len(body):
+    deepest = at = seen = 0
+    end = len(body)
+    while at < end and deepest <= DEPTH_LIMIT:
+        seen += 1
+        if seen > VALUES_LIMIT:
+            raise FrameTooComplexError(f"a frame holds more than {VALUES_LIMIT} values")
         left[-1] -= 1
-        size, items = _step(body, at)
+        size = _FIXED.get(body[at])
+        if size is None:
+            size, items = _step(body, at)
+            if items > end - at:
+                raise FrameTooComplexError("an array or a map in a frame promises more than the frame holds")
+            if items:
+                left.append(items)
+                deepest = max(deepest, len(left) - 1)
         at += size
-        if items:
-            left.append(items)
-            deepest = max(deepest, len(left) - 1)
-            if deepest > DEPTH_LIMIT:
-                break
-        while left and left[-1] == 0:
+        while left[-1] == 0:
             left.pop()
+            if not left:
+                return deepest
     return deepest
 
 
 def _step(body: bytes, at: int) -> tuple[int, int]:
-    """The bytes of the value's own head and payload, and the items that it contains."""
+    """The bytes of a value of variable size, and the items that it contains."""
     first = body[at]
-    if first in _FIXED:
-        return 1 + _FIXED[first], 0
     if first < 0xA0:
         return 1, (first & 0x0F) * (2 if first < 0x90 else 1)
     if first in _SIZED:

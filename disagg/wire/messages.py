@@ -10,13 +10,25 @@ so that both know that both directions work: over TCP, a cut in one direction is
 
 New fields need a default and raise the minor version; a field that goes, or means something else, raises the major one. Both versions stand
 in the header of every frame (`disagg.wire.codec`). Seconds, tokens and bytes, as the names say.
+
+Names, places and keys end up in URLs, HTTP headers and tables of the router, so their length and their letters are limited here, where they
+come in.
 """
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from disagg.model import EngineFacts, EngineId, EngineLoad, EngineState, Role
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Word = Annotated[str, msgspec.Meta(max_length=128)]
+EngineName = Annotated[EngineId, msgspec.Meta(pattern=r"\A[!-~]{1,128}\Z")]
+Place = Annotated[str, msgspec.Meta(pattern=r"\A[0-9A-Za-z.:%_\[\]-]{0,255}\Z")]
+Secret = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{0,512}\Z")]
 
 
 class Message(msgspec.Struct, frozen=True, tag_field="kind", tag=str.lower):
@@ -31,25 +43,29 @@ class EngineReport(msgspec.Struct, frozen=True):
         state: starting, ready, draining (its host is stopping), switching, dead or held; the router adds its own judgement.
         reason: why, one sentence.
         host: where the engine is reached, as the other hosts can reach it.
+        pid: of its process; 0 where there is none, or the agent does not know it (attached, not adopted yet): that is no news.
         start_ticks: when its process began, clock ticks since the machine started; with `pid` this names the process.
         counter: the sum of what an engine's own counters count; it grows as long as the engine makes progress.
         working: the engine has work that does not merely wait for a peer.
     """
 
-    id: EngineId
+    id: EngineName
     role: Role
     state: EngineState
     reason: str = ""
-    host: str = ""
-    port: int = 0
-    bootstrap_port: int = 0
-    api_key: str = ""
-    pid: int = 0
-    start_ticks: int = 0
+    host: Place = ""
+    port: Port = 0
+    bootstrap_port: Port = 0
+    api_key: Secret = ""
+    pid: Count = 0
+    start_ticks: Count = 0
     counter: int = 0
     working: bool = False
     facts: EngineFacts = EngineFacts()
     load: EngineLoad = EngineLoad()
+
+    def __repr__(self) -> str:
+        return f"<EngineReport {self.id} {self.role} {self.state} pid={self.pid} counter={self.counter}>"  # without the key
 
 
 class Register(Message, frozen=True):
@@ -61,8 +77,8 @@ class Register(Message, frozen=True):
         release: of disagg, for people.
     """
 
-    name: str
-    public_key: str
+    name: Word
+    public_key: Word
     roles: tuple[Role, ...]
     release: str = ""
 
@@ -75,9 +91,9 @@ class Hello(Message, frozen=True):
         nonce: random, one per start: tells a clone of that directory from the original.
     """
 
-    name: str
-    incarnation: int
-    nonce: str
+    name: Word
+    incarnation: Count
+    nonce: Word
     release: str = ""
     engines: tuple[EngineReport, ...] = ()
 
@@ -86,22 +102,22 @@ class Heartbeat(Message, frozen=True):
     """The host lives, and this is how its engines are.
 
     Attributes:
-        seq: counts the heartbeats of this incarnation, from 1.
+        seq: counts the heartbeats of this incarnation, from 1; over new connections too, so that the newest is known as such.
         acked: the `seq` of the last `Ack` that arrived; 0 before the first.
     """
 
-    incarnation: int
-    nonce: str
-    seq: int
-    acked: int
+    incarnation: Count
+    nonce: Word
+    seq: Count
+    acked: Count
     engines: tuple[EngineReport, ...] = ()
 
 
 class Goodbye(Message, frozen=True):
     """The agent ends. Its engines end with it, unless `engines_stay`."""
 
-    incarnation: int
-    nonce: str
+    incarnation: Count
+    nonce: Word
     engines_stay: bool = False
 
 
