@@ -214,6 +214,8 @@ class Agent:
     # --- the link
 
     async def _keep_link(self) -> None:
+        for keeper in self._keepers.values():
+            await keeper.looked.wait()  # a hello that knows nothing of an adopted engine yet would call it dead
         while True:
             try:
                 if not self._registered and self._identity.token_key is not None:

@@ -62,9 +62,15 @@ SpawnTask = Callable[[Coroutine[Any, Any, None], str], Any]
 
 
 class Keeper(Protocol):
-    """What an agent needs of an engine of its host."""
+    """What an agent needs of an engine of its host.
+
+    Attributes:
+        looked: set once it is known whether the engine runs already. A report from before that would say that nothing runs, and end what
+            does.
+    """
 
     id: EngineId
+    looked: asyncio.Event
 
     def report(self) -> EngineReport:
         """How it is."""
@@ -98,6 +104,7 @@ class _Watched:
         self, engine: EngineId, role: Role, prober: Prober, on_change: Callable[[], None], log: structlog.typing.FilteringBoundLogger
     ) -> None:
         self.id = engine
+        self.looked = asyncio.Event()
         self._role = role
         self._prober = prober
         self._on_change = on_change
@@ -258,6 +265,7 @@ class EngineKeeper(_Watched):
         """Adopts what is there or starts it, and keeps it until cancelled."""
         if not await self._adopt():
             self._feed(StartAsked("its agent started"))
+        self.looked.set()
         poll_at = self._loop.time()
         while True:
             deadline = self._life.next_deadline()
@@ -497,6 +505,7 @@ class AttachedKeeper(_Watched):
         """Watches until cancelled."""
         while True:
             seen = await self._look(self._address, anew=self._why != "")
+            self.looked.set()
             self._why = "" if isinstance(seen, Answered) else seen
             self._refusals = self._refusals + 1 if self._why == "it refuses connections" else 0
             self._say_changes(*self._state())
