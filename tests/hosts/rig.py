@@ -37,6 +37,7 @@ class Rig:
     def __init__(self, network: Network, folder: Path) -> None:
         self.network = network
         self.folder = folder
+        self.broken = ""
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.url = f"http://{network.router_address}:{HTTP_PORT}"
         self.admin = f"http://{network.router_address}:{ADMIN_PORT}"
@@ -52,9 +53,17 @@ class Rig:
     def start_host(self, name: str, token: str = "") -> None:
         """`disagg serve --role prefill --join …`; without a token, as systemd starts a host again."""
         join = f"--join={self.network.address('router')}:{CONTROL_PORT}"
-        engine = ["--engine-arg=--paced", f"--engine-arg={PACE}", "--engine-arg=--faults", "--engine-arg=none", f"--hang-kill-s={HANG_KILL_S}"]
+        engine = [
+            "--engine-arg=--paced",
+            f"--engine-arg={PACE}",
+            "--engine-arg=--faults",
+            "--engine-arg=none",
+            f"--hang-kill-s={HANG_KILL_S}",
+        ]
         advertise = [f"--advertise={self.network.address(name)}"] if self.network.why_uncut else []  # on a net of its own it finds that out
-        self._start(name, "serve", f"--role={HOSTS[name]}", f"--name={name}", join, *advertise, *engine, *([f"--token={token}"] if token else []))
+        self._start(
+            name, "serve", f"--role={HOSTS[name]}", f"--name={name}", join, *advertise, *engine, *([f"--token={token}"] if token else [])
+        )
 
     def _start(self, host: str, *words: str) -> None:
         with (self.folder / f"{host}.log").open("ab") as log:
@@ -75,7 +84,11 @@ class Rig:
     def make_token(self, role: str) -> str:
         """`disagg token create`, on the router's host."""
         made = subprocess.run(
-            self._command("router", "token", "create", f"--role={role}"), env=self._env("router"), capture_output=True, check=True, timeout=20
+            self._command("router", "token", "create", f"--role={role}"),
+            env=self._env("router"),
+            capture_output=True,
+            check=True,
+            timeout=20,
         )
         return made.stdout.decode().strip()
 
@@ -95,7 +108,7 @@ class Rig:
 
     def stop(self) -> None:
         """Ends everything, whatever state it is in."""
-        for name, process in sorted(self.processes.items(), key=lambda item: item[0] == "router"):
+        for process in self.processes.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGCONT)  # a stopped process does not hear SIGTERM
                 process.terminate()
@@ -119,7 +132,10 @@ class Rig:
 
     def logs(self) -> str:
         """The end of each log."""
-        parts = [f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-60:]) for path in sorted(self.folder.glob("*.log"))]
+        parts = [
+            f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-60:])
+            for path in sorted(self.folder.glob("*.log"))
+        ]
         return "\n".join(parts)
 
     # --- the network's vantage points
@@ -330,7 +346,7 @@ class Load:
         """Waits until this is true of the answers."""
         try:
             async with asyncio.timeout(limit_s):
-                while not is_so(self.answers):
+                while not is_so(self.answers):  # noqa: ASYNC110  many streams write there
                     await asyncio.sleep(0.005)
         except TimeoutError:
             raise AssertionError(f"not within {limit_s:g} s: {what}") from None
