@@ -47,8 +47,10 @@ class Prober:
                 loads = await self.get(address, LOADS)
                 counter, working = read_progress(loads)
                 return Answered(facts, read_load(loads), mode, counter, working)
-        except aiohttp.ClientConnectorError:
-            return Refused()
+        except aiohttp.ClientConnectorError as error:
+            # Only the engine's own machine can refuse. A route that is gone, or no descriptor left here, says nothing about the engine.
+            refused = isinstance(error.os_error, ConnectionRefusedError)
+            return Refused() if refused else TimedOut(f"it cannot be reached: {error.os_error.strerror or error.os_error}")
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             return TimedOut(f"its probe failed: {type(error).__name__}")
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
