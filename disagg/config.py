@@ -108,6 +108,9 @@ class SecuritySection(msgspec.Struct, frozen=True):
     """Keys and tokens."""
 
     state_dir: Annotated[str, _doc("Where keys, tokens and registrations are kept; empty means DISAGG_STATE_DIR or the usual place.")] = ""
+    key_file: Annotated[
+        str, _doc("A file that holds this router's or host's key pair; without it, or with an empty one, that of the state directory.")
+    ] = ""
     token_file: Annotated[str, _doc("A file that holds the token to join with; an empty one, or one that is gone, is no token.")] = ""
 
 

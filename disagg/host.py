@@ -30,8 +30,8 @@ from disagg.errors import ConfigError, StartError
 from disagg.life import Say, Stop, owned_tasks, raise_file_limit, run, settle_memory
 from disagg.model import EngineAddress, EngineId, Role
 from disagg.observe.log import make_logger
-from disagg.security.keys import KeyPair, load_or_make_key
-from disagg.security.state import host_folder, read_private, state_root, write_private
+from disagg.security.keys import KeyPair, load_given_key, load_or_make_key
+from disagg.security.state import create_private, host_folder, read_private, state_root, write_private
 from disagg.security.token import Token
 
 __all__ = ["EngineSpec", "Host", "HostPlan", "host_running", "make_plan", "model_of", "run", "serve_host"]
@@ -112,7 +112,8 @@ async def host_running(config: Config, plan: HostPlan, log: structlog.typing.Fil
     """
     folder = host_folder(plan.root, plan.name)
     async with contextlib.AsyncExitStack() as stack:
-        key, _ = load_or_make_key(folder / "key")
+        given = load_given_key(Path(config.security.key_file), os.environ) if config.security.key_file else None
+        key = given or load_or_make_key(folder / "key")[0]
         stack.enter_context(_only_one(folder, plan.name))
         identity = _identity(folder, plan, key)
         prober = Prober(PROBE_PATIENCE_S)
@@ -148,7 +149,8 @@ def _only_one(folder: Path, name: str) -> Iterator[None]:
     Raises:
         StartError: another one runs.
     """
-    with os.fdopen(os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) as lock:
+    create_private(folder / "lock", b"")  # once: the lock hangs on the file and not on its name
+    with (folder / "lock").open("rb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
