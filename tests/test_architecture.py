@@ -18,7 +18,9 @@ ROOMS: dict[str, frozenset[str]] = {
         {
             "disagg.config",
             "disagg.handoff",
+            "disagg.cluster.change",
             "disagg.cluster.detector",
+            "disagg.cluster.members",
             "disagg.deploy.systemd",
             "disagg.engines.progress",
             "disagg.engines.restart",
@@ -26,6 +28,8 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.router.journal",
             "disagg.router.merge",
             "disagg.router.openai",
+            "disagg.wire.codec",
+            "disagg.wire.messages",
             "disagg.engines.embedded.answers",
             "disagg.engines.embedded.checkpoint",
             "disagg.engines.embedded.faults",
@@ -45,7 +49,13 @@ ROOMS: dict[str, frozenset[str]] = {
     "HANDS": frozenset(
         {
             "disagg.ids",
+            "disagg.cluster.agent",
             "disagg.cluster.controller",
+            "disagg.cluster.head",
+            "disagg.cluster.keeper",
+            "disagg.cluster.prober",
+            "disagg.cluster.registrar",
+            "disagg.cluster.transport",
             "disagg.deploy.install",
             "disagg.engines.base",
             "disagg.engines.process",
@@ -83,6 +93,7 @@ PACKAGES = frozenset(
             "disagg.observe",
             "disagg.policy",
             "disagg.router",
+            "disagg.wire",
         ),
         "disagg.security",
     }
