@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import shutil
@@ -35,6 +36,10 @@ app = typer.Typer(
 
 token_app = typer.Typer(help="Tokens with which hosts join.", no_args_is_help=True)
 app.add_typer(token_app, name="token")
+hosts_app = typer.Typer(help="The hosts that may connect to the router.", no_args_is_help=True)
+app.add_typer(hosts_app, name="hosts")
+engine_app = typer.Typer(help="One engine of this host.", no_args_is_help=True)
+app.add_typer(engine_app, name="engine", hidden=True)
 
 StateOption = Annotated[
     Path | None,
@@ -50,10 +55,22 @@ LONGEST_TTL_S = 7 * 86400
 ConfigOption = Annotated[Path | None, typer.Option("--config", help=f"The config file; without it ./{CONFIG_FILE} if there is one.")]
 
 
+AdminOption = Annotated[str, typer.Option("--admin", metavar="HOST:PORT", help="The router's admin address.")]
+ADMIN = "127.0.0.1:8001"
+CauseOption = Annotated[str, typer.Option("--cause", help="Why; it is shown and logged.")]
+CAUSE = "ordered on the command line"
+
+
+NOT_OF_UP = ("join", "name", "advertise", "prefill", "decode", "unified", "control", "attach", "supervise")
+
+
 class ServeRole(StrEnum):
-    """The roles that this release can serve."""
+    """What a host can be."""
 
     ROUTER = "router"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    UNIFIED = "unified"
 
 
 def _flag(setting: Setting) -> inspect.Parameter:
@@ -117,23 +134,28 @@ def root(
 
 
 @app.command()
-@with_settings("router", "observe")
+@with_settings("cluster", "router", "engine", "security", "observe")
 def serve(
     *,
     role: Annotated[ServeRole, typer.Option(help="What this host does.")],
+    token: Annotated[str, typer.Option(help="The token to join with, once; from then on this host's own key is enough.")] = "",
     config: ConfigOption = None,
     flags: dict[str, dict[str, Any]],
 ) -> None:
-    """Run one host's part of a cluster. The router serves engines that run already, given by URL."""
+    """Run one host's part of a cluster: the router, or a host whose engines join it."""
     loaded = _load(config, flags)
-    assert role is ServeRole.ROUTER
-    from disagg import server  # noqa: PLC0415  # as in `up`: `--version`, `--help` and `check` need not wait for aiohttp
+    if role is ServeRole.ROUTER:
+        from disagg import server  # noqa: PLC0415  # as in `up`: `--version`, `--help` and `check` need not wait for aiohttp
 
-    server.run(lambda: server.serve_router(loaded, _say))
+        server.run(lambda: server.serve_router(loaded, _say))
+    else:
+        from disagg import host  # noqa: PLC0415
+
+        host.run(lambda: host.serve_host(loaded, Role(role), token, _say))
 
 
 @app.command()
-@with_settings("router", "engine", "observe", leave_out=("prefill", "decode", "unified"))
+@with_settings("cluster", "router", "engine", "observe", leave_out=NOT_OF_UP)
 def up(
     *,
     prefill: Annotated[int | None, typer.Option(min=0, help="How many prefill engines.  [default: 1]")] = None,
@@ -167,10 +189,12 @@ def check(
         _say(default_toml().rstrip())
         return
     loaded = _load(config)
-    for setting in settings("router", "engine", "observe"):
+    for setting in settings("cluster", "router", "engine", "security", "observe"):
         value = getattr(getattr(loaded, setting.section), setting.key)
         mark = "*" if value != setting.default else " "
         _say(f"{mark} {setting.section}.{setting.key:<26} {value!r:<24} {setting.text}")
+    for entry in loaded.engines:
+        _say(f"* engines: {entry}")
     _say("The config is valid. (* differs from the default)")
 
 
@@ -260,6 +284,94 @@ def token_create(
     words = " or ".join(created.roles)
     print(f"One host may join with this token, once, within {ttl}, as {words}. Keep it secret until then.", file=sys.stderr, flush=True)
     _say(created.encode())
+
+
+def _print_cluster(cluster: dict[str, Any]) -> None:
+    from disagg import status as texts  # noqa: PLC0415
+
+    _say(texts.table(cluster))
+
+
+@app.command()
+def status(
+    *,
+    admin: AdminOption = ADMIN,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Again and again, until ctrl-C.")] = False,
+) -> None:
+    """Show hosts and engines: state, load, and why each is as it is."""
+    from disagg import ask  # noqa: PLC0415
+
+    while True:
+        cluster = ask.get(admin, "/admin/cluster")
+        if watch and not as_json:
+            _say("\x1b[2J\x1b[H" + time.strftime("%H:%M:%S"))
+        _say(json.dumps(cluster)) if as_json else _print_cluster(cluster)
+        if not watch:
+            return
+        try:
+            time.sleep(1.0)
+        except KeyboardInterrupt:
+            return
+
+
+@app.command()
+def drain(engine: str, *, admin: AdminOption = ADMIN, cause: CauseOption = CAUSE) -> None:
+    """Give an engine no new work; what runs goes on."""
+    from disagg import ask  # noqa: PLC0415
+
+    _say(ask.post(admin, f"/admin/engines/{ask.quoted(engine)}/drain", {"cause": cause})["will"])
+
+
+@app.command()
+def undrain(engine: str, *, admin: AdminOption = ADMIN, cause: CauseOption = CAUSE) -> None:
+    """Bring a drained engine back into service."""
+    from disagg import ask  # noqa: PLC0415
+
+    _say(ask.post(admin, f"/admin/engines/{ask.quoted(engine)}/undrain", {"cause": cause})["will"])
+
+
+@app.command()
+def flip(engine: str, role: Role, *, admin: AdminOption = ADMIN, cause: CauseOption = CAUSE) -> None:
+    """Move an engine to the other role, live: drain, switch, prove it with one request; else start it anew."""
+    from disagg import ask  # noqa: PLC0415
+
+    ask.follow(admin, ask.post(admin, f"/admin/engines/{ask.quoted(engine)}/flip", {"cause": cause, "role": role.value}), _say)
+
+
+@app.command()
+def restart(engine: str, *, admin: AdminOption = ADMIN, cause: CauseOption = CAUSE) -> None:
+    """Drain an engine, end its process and start a new one. One that is held after too many deaths gets another chance."""
+    from disagg import ask  # noqa: PLC0415
+
+    ask.follow(admin, ask.post(admin, f"/admin/engines/{ask.quoted(engine)}/restart", {"cause": cause}), _say)
+
+
+@hosts_app.command("ls")
+def hosts_ls(*, admin: AdminOption = ADMIN, as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """List the hosts that may connect, and how they are."""
+    from disagg import ask  # noqa: PLC0415
+    from disagg import status as texts  # noqa: PLC0415
+
+    answer = ask.get(admin, "/admin/hosts")
+    _say(json.dumps(answer) if as_json else texts.hosts_table(answer["hosts"]))
+
+
+@hosts_app.command("revoke")
+def hosts_revoke(name: str, *, admin: AdminOption = ADMIN) -> None:
+    """Shut a host out, at once: its key opens nothing any more."""
+    from disagg import ask  # noqa: PLC0415
+
+    _say(ask.post(admin, f"/admin/hosts/{ask.quoted(name)}/revoke", {})["will"])
+
+
+@engine_app.command("run", hidden=True)
+def engine_run(name: str, *, state_dir: StateOption = None) -> None:
+    """Become the engine of this name: what its systemd unit runs."""
+    from disagg.engines import process  # noqa: PLC0415
+    from disagg.security import state  # noqa: PLC0415
+
+    process.exec_launch(state.state_root(state_dir, os.environ) / "engines" / name / "launch.json")
 
 
 def main() -> None:

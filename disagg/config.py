@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -24,9 +24,22 @@ def _doc(text: str, *, flag: str | None = None, **limits: Any) -> msgspec.Meta:
 
 _Where = Callable[[str, str], str]  # section, key -> where it was written, for errors
 _HOST = re.compile(r"[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*(%\w+)?|[\w-]{1,63}(\.[\w-]{1,63})*\.?", re.ASCII)  # IPv6, or names and IPv4
+HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
 _MANY = 1_000_000_000
 
 _Seconds = Annotated[float, msgspec.Meta(gt=0, le=3600)]
+
+
+class ClusterSection(msgspec.Struct, frozen=True):
+    """How this host takes part in the cluster."""
+
+    join: Annotated[str, _doc("The router's control address, HOST:PORT; for every host but the router.")] = ""
+    name: Annotated[str, _doc("This host's name, unique in the cluster; empty means the machine's name and the role.")] = ""
+    advertise: Annotated[
+        str, _doc("The address at which other hosts reach this one's engines; empty means that of the route to the router.")
+    ] = ""
+    heartbeat_interval_s: Annotated[float, _doc("How often hosts report; the router tells them.", ge=0.05, le=0.45)] = 0.25
+    drain_timeout_s: Annotated[_Seconds, _doc("After SIGTERM, or before a flip: how long running requests may take to finish.")] = 30.0
 
 
 class RouterSection(msgspec.Struct, frozen=True):
@@ -34,6 +47,7 @@ class RouterSection(msgspec.Struct, frozen=True):
 
     http: Annotated[str, _doc("Where clients are served, HOST:PORT.")] = "127.0.0.1:8000"
     admin: Annotated[str, _doc("Where metrics and the admin API are served, HOST:PORT; keep it on loopback.")] = "127.0.0.1:8001"
+    control: Annotated[str, _doc("Where hosts join, HOST:PORT; encrypted and authenticated always.")] = "0.0.0.0:7400"
     prefill: Annotated[tuple[str, ...], _doc("A prefill engine that runs already: URL,BOOTSTRAP_PORT. Repeatable.")] = ()
     decode: Annotated[tuple[str, ...], _doc("A decode engine that runs already: URL. Repeatable.")] = ()
     unified: Annotated[tuple[str, ...], _doc("A unified engine that runs already: URL. Repeatable.")] = ()
@@ -44,7 +58,6 @@ class RouterSection(msgspec.Struct, frozen=True):
     between_tokens_timeout_s: Annotated[_Seconds, _doc("How long a stream may pause.")] = 60.0
     probe_interval_s: Annotated[_Seconds, _doc("How often a ready engine is looked at.")] = 1.0
     probe_timeout_s: Annotated[_Seconds, _doc("How long an engine may take to answer such a look.")] = 2.0
-    drain_timeout_s: Annotated[_Seconds, _doc("After SIGTERM: how long running requests may take to finish.")] = 30.0
 
 
 class EngineSection(msgspec.Struct, frozen=True):
@@ -58,6 +71,44 @@ class EngineSection(msgspec.Struct, frozen=True):
     max_running_requests: Annotated[int, _doc("Requests that an engine decodes at once.", ge=1, le=_MANY)] = 64
     chunk_tokens: Annotated[int, _doc("Prompt tokens that an engine reads in one step.", ge=1, le=_MANY)] = 512
     engine_args: Annotated[tuple[str, ...], _doc("Handed to the engine as it is. Repeatable.", flag="--engine-arg")] = ()
+    attach: Annotated[str, _doc("Watch an engine that runs already, URL or URL,BOOTSTRAP_PORT, instead of starting one.")] = ""
+    supervise: Annotated[
+        str,
+        _doc(
+            "child: engines are processes of the agent, which outlive only its death; systemd: units of their own, which outlive its stop.",
+            pattern=r"^(child|systemd)\Z",
+        ),
+    ] = "child"
+    start_timeout_s: Annotated[_Seconds, _doc("How long an engine may take to start.")] = 600.0
+    stop_timeout_s: Annotated[_Seconds, _doc("How long an engine may take to end after SIGTERM.")] = 10.0
+    hang_kill_s: Annotated[
+        _Seconds, _doc("An engine that makes no progress under work for so long, and fails a probe, is killed and started anew.")
+    ] = 60.0
+
+
+class EngineEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One engine of a host with several: an entry of ``[[engines]]``.
+
+    Attributes:
+        name: its id is the host's name, a dash, and this.
+        role: empty means the host's.
+        gpus: the GPUs that it may see; empty means all.
+        ports: its HTTP port and its bootstrap port; empty means free ones.
+        engine_args: after those of ``[engine]``.
+    """
+
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")]
+    role: Role | None = None
+    gpus: tuple[Annotated[int, msgspec.Meta(ge=0, le=255)], ...] = ()
+    ports: tuple[Annotated[int, msgspec.Meta(ge=0, le=65535)], ...] = ()
+    engine_args: tuple[str, ...] = ()
+
+
+class SecuritySection(msgspec.Struct, frozen=True):
+    """Keys and tokens."""
+
+    state_dir: Annotated[str, _doc("Where keys, tokens and registrations are kept; empty means DISAGG_STATE_DIR or the usual place.")] = ""
+    token_file: Annotated[str, _doc("A file that holds the token to join with; an empty one, or one that is gone, is no token.")] = ""
 
 
 class ObserveSection(msgspec.Struct, frozen=True):
@@ -70,8 +121,11 @@ class ObserveSection(msgspec.Struct, frozen=True):
 class Config(msgspec.Struct, frozen=True):
     """Everything that can be set."""
 
+    cluster: ClusterSection = ClusterSection()
     router: RouterSection = RouterSection()
     engine: EngineSection = EngineSection()
+    engines: tuple[EngineEntry, ...] = ()
+    security: SecuritySection = SecuritySection()
     observe: ObserveSection = ObserveSection()
 
 
@@ -123,9 +177,10 @@ def parse_config(text: str, *, file: str, flags: Mapping[str, Mapping[str, Any]]
     except (ValueError, RecursionError) as error:  # not only TOMLDecodeError: endless integers and endless nesting are these
         raise ConfigError(f"{file} is not valid TOML: {error}") from error
     sections: dict[str, msgspec.Struct] = {}
+    engines = _engine_entries(given.pop(_LIST, []), f"{_where(file, text, _LIST)}: [[{_LIST}]]")
     for name, values in given.items():
         if name not in _SECTIONS:
-            raise ConfigError(f"{_where(file, text, name)}: there is no section [{_name(name)}]; {_nearest(name, _SECTIONS)}")
+            raise ConfigError(f"{_where(file, text, name)}: there is no section [{_name(name)}]; {_nearest(name, _NAMES)}")
         if not isinstance(values, dict):
             raise ConfigError(
                 f"{_where(file, text, name)}: {name} = {_value(values)} stands outside a section; {name} is a section, write [{name}]"
@@ -139,9 +194,29 @@ def parse_config(text: str, *, file: str, flags: Mapping[str, Mapping[str, Any]]
         from_file = _checked(name, given.get(name, {}), in_file)
         from_flags = _checked(name, flags.get(name, {}), _flag_of)
         sections[name] = kind(**(from_file | from_flags))
-    config = Config(**sections)  # type: ignore[arg-type]
+    config = Config(**sections, engines=engines)  # type: ignore[arg-type]
     _check_addresses(config, lambda s, key: (_flag_of if key in flags.get(s, {}) else in_file)(s, key))
     return config
+
+
+_LIST = "engines"
+_NAMES = Config.__struct_fields__
+
+
+def _engine_entries(given: Any, where: str) -> tuple[EngineEntry, ...]:
+    try:
+        entries = msgspec.convert(given, tuple[EngineEntry, ...])
+    except msgspec.ValidationError as error:
+        known = ", ".join(EngineEntry.__struct_fields__)
+        raise ConfigError(f"{where} is not allowed: {_plain(error)} (an entry may have {known})") from error
+    names = [entry.name for entry in entries]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{where} is not allowed: the name {twice!r} stands there twice")
+    wrong = next((e.name for e in entries if len(e.ports) not in {0, 2}), None)
+    if wrong is not None:
+        raise ConfigError(f"{where} is not allowed: {wrong!r} needs two ports, for HTTP and for bootstrap, or none")
+    return entries
 
 
 def _checked(section: str, values: Mapping[str, Any], where: _Where) -> dict[str, Any]:
@@ -179,7 +254,7 @@ def _flag_of(section: str, key: str) -> str:
     return next((s.flag for s in settings(section) if s.key == key), f"--{key}")
 
 
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
+def _nearest(name: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else f"there is {', '.join(known)}"
 
@@ -201,6 +276,15 @@ def _where(file: str, text: str, key: str, section: str = "") -> str:
 def _check_addresses(config: Config, where: _Where) -> None:
     parse_listen(where("router", "http"), config.router.http)
     parse_listen(where("router", "admin"), config.router.admin)
+    parse_listen(where("router", "control"), config.router.control)
+    if config.cluster.join:
+        parse_join(where("cluster", "join"), config.cluster.join)
+    if config.cluster.name and not HOST_NAME.fullmatch(config.cluster.name):
+        allowed = "1 to 63 letters, digits, '.', '_' or '-', a letter or digit first"
+        raise ConfigError(f"{where('cluster', 'name')} = {_value(config.cluster.name)} is not allowed: write {allowed}")
+    check_advertise(where("cluster", "advertise"), config.cluster.advertise)
+    if config.engine.attach:
+        parse_attach(where("engine", "attach"), config.engine.attach)
     engine_addresses(config.router, where)
 
 
@@ -214,6 +298,39 @@ def parse_listen(name: str, value: str) -> tuple[str, int]:
     if found is None:
         raise ConfigError(f"{name} = {_value(value)} is not allowed: write HOST:PORT, for example 127.0.0.1:8000")
     return found
+
+
+def parse_join(name: str, value: str) -> tuple[str, int]:
+    """Splits the router's control address.
+
+    Raises:
+        ConfigError: it is something else, or no address that can be connected to.
+    """
+    found = _host_and_port(value)
+    if found is None or not found[1] or not found[0]:
+        raise ConfigError(f"{name} = {_value(value)} is not allowed: write the router's HOST:PORT, for example 10.0.0.1:7400")
+    return found
+
+
+def check_advertise(name: str, value: str) -> None:
+    """Raises ConfigError for what other hosts cannot connect to; empty is allowed."""
+    if value and (not _HOST.fullmatch(value) or value in {"0.0.0.0", "::", "127.0.1.1"}):
+        raise ConfigError(f"{name} = {_value(value)} is not allowed: write the address at which other hosts reach this one, without a port")
+
+
+def parse_attach(name: str, value: str) -> tuple[str, int, int]:
+    """Splits URL or URL,BOOTSTRAP_PORT into host, port and bootstrap port, 0 where it is not given.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    url, comma, bootstrap = value.partition(",")
+    scheme, _, rest = url.rstrip("/").partition("://")
+    found = _host_and_port(rest)
+    meeting = _port(bootstrap) or 0
+    if scheme != "http" or found is None or not found[1] or bool(comma) != bool(meeting):
+        raise ConfigError(f"{name} = {_value(value)} is not allowed: write http://HOST:PORT or http://HOST:PORT,BOOTSTRAP_PORT")
+    return (*found, meeting)
 
 
 def engine_addresses(section: RouterSection, where: _Where = "{}.{}".format) -> list[EngineAddress]:
@@ -257,7 +374,19 @@ def default_toml() -> str:
         for setting in settings(name):
             lines += [f"# {setting.text}", f"{setting.key} = {_toml(setting.default)}"]
         lines.append("")
+        if name == "engine":
+            lines += [*_ENGINES_EXAMPLE.splitlines(), ""]
     return "\n".join(lines)
+
+
+_ENGINES_EXAMPLE = """\
+# A host with several engines has one entry for each; what is left out is as in [engine].
+# [[engines]]
+# name = "a"                # its id is the host's name, a dash, and this
+# role = "prefill"          # else the host's role
+# gpus = [0, 1]             # the GPUs that it may see
+# ports = [30000, 8998]     # HTTP and bootstrap; else free ones
+# engine_args = []          # after those of [engine]"""
 
 
 def _toml(value: Any) -> str:

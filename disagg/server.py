@@ -1,114 +1,136 @@
-"""The composition root: builds the parts out of a config, owns the tasks, the signals and the order of going down."""
+"""The composition root of the router, and of a whole cluster on one machine."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
-import resource
+import os
 import shutil
-import signal
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import structlog
-import uvloop
 from aiohttp import web
 
 from disagg import __version__
-from disagg.cluster.controller import Controller
-from disagg.config import Config, engine_addresses, parse_listen
-from disagg.engines.base import EngineLaunch, ReadyFile
-from disagg.engines.process import EngineProcess
-from disagg.errors import StartError
+from disagg.cluster.change import Limits as ChangeLimits
+from disagg.cluster.controller import CHANGES_KEPT, Controller
+from disagg.cluster.head import Head
+from disagg.cluster.registrar import Registrar
+from disagg.cluster.transport import ControlServer
+from disagg.config import Config, RouterSection, engine_addresses, parse_listen
+from disagg.errors import OrderError, StartError
 from disagg.handoff import Limits
+from disagg.host import EngineSpec, Host, HostPlan, host_running, model_of
 from disagg.ids import Ids
-from disagg.model import EngineAddress, EngineId, Role
+from disagg.life import Say, Stop, owned_tasks, raise_file_limit, run, settle_memory, supervised
+from disagg.model import EngineAddress, EngineId, EngineState, EngineView, Role
 from disagg.observe.log import make_logger
 from disagg.observe.metrics import RouterMetrics
-from disagg.router.app import PublicListener, admin_app
+from disagg.router.admin import admin_app, no_control_plane
+from disagg.router.app import PublicListener
 from disagg.router.relay import Relay
+from disagg.security.keys import load_key, load_or_make_key
+from disagg.security.state import router_key_path, router_tokens_path, state_root
+from disagg.security.token import Token, TokenStore
 
-ENGINE_START_LIMIT_S = 120.0
-ENGINE_STOP_LIMIT_S = 5.0
+__all__ = ["Router", "router_running", "run", "run_up", "serve_router"]
+
+START_POLL_S = 0.02
 DRAIN_POLL_S = 0.02
-DEMO_MODEL = Path(__file__).parent / "engines" / "embedded" / "demo_model"
-
-Say = Callable[[str], None]
-
-
-def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Runs a coroutine to its end on uvloop."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(main())
-
-
-class Stop:
-    """The two-stage stop: the first signal drains, the second one ends at once."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, say: Say) -> None:
-        self.asked = asyncio.Event()
-        self.urgent = asyncio.Event()
-        self._say = say
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._on_signal)
-
-    def _on_signal(self) -> None:
-        if not self.asked.is_set():
-            self._say("Stopping: running requests may finish; once more stops at once.")
-            self.asked.set()
-        else:
-            self.urgent.set()
 
 
 # --- the router
 
 
 class Router:
-    """A running router. Made by `router_running`."""
+    """A running router. Made by `router_running`.
 
-    def __init__(self, config: Config, controller: Controller, listener: PublicListener, metrics: RouterMetrics) -> None:
+    Attributes:
+        control: where hosts join; None for a router without a control plane.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        controller: Controller,
+        listener: PublicListener,
+        metrics: RouterMetrics,
+        control: ControlServer | None,
+        root: Path | None,
+    ) -> None:
         self.config = config
         self.controller = controller
         self.listener = listener
         self.metrics = metrics
+        self.control = control
+        self._root = root
+
+    def make_token(self, roles: Sequence[Role]) -> Token:
+        """A token with which one host may join within a minute."""
+        assert self._root is not None, "this router has no control plane"
+        key = load_key(router_key_path(self._root))
+        return TokenStore(router_tokens_path(self._root)).create(roles, 60, now_wall=wall(), router_key=key.public)
 
     async def drain(self, stop: Stop) -> None:
         """Takes no new requests and waits for the running ones, at most ``drain_timeout_s``, or until the second signal."""
         self.listener.draining = True
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.config.router.drain_timeout_s):
+            async with asyncio.timeout(self.config.cluster.drain_timeout_s):
                 while self.metrics.inflight and not stop.urgent.is_set():  # noqa: ASYNC110  # the hot path sets no event
                     await asyncio.sleep(DRAIN_POLL_S)
 
 
 @contextlib.asynccontextmanager
 async def router_running(
-    config: Config, addresses: Sequence[EngineAddress], log: structlog.typing.FilteringBoundLogger
+    config: Config,
+    addresses: Sequence[EngineAddress],
+    log: structlog.typing.FilteringBoundLogger,
+    *,
+    root: Path | None = None,
+    say: Say = print,
 ) -> AsyncIterator[Router]:
     """Runs a router as long as the context is open.
 
+    Args:
+        config: the sections cluster, router and observe count.
+        addresses: engines that were given by URL.
+        log: where events go.
+        root: the state directory; None for a router that no host can join.
+        say: tells people what was made.
+
     Raises:
-        StartError: an address to listen on is not free.
+        StartError: an address to listen on is not free, or the state cannot be read.
     """
     loop = asyncio.get_running_loop()
     section = config.router
     async with contextlib.AsyncExitStack() as stack:
-        controller = Controller(addresses, probe_interval_s=section.probe_interval_s, probe_timeout_s=section.probe_timeout_s, log=log)
+        controller = Controller(
+            addresses,
+            probe_interval_s=section.probe_interval_s,
+            probe_timeout_s=section.probe_timeout_s,
+            change_limits=ChangeLimits(drain_s=config.cluster.drain_timeout_s),
+            may_join=root is not None,
+            log=log,
+        )
         metrics = RouterMetrics(lambda: controller.view)
         ids = Ids()
-        group = await stack.enter_async_context(_owned_tasks())
+        group = await stack.enter_async_context(owned_tasks())
+
+        def spawn(work: Coroutine[Any, Any, None], name: str) -> Any:
+            return group.create_task(supervised(work, name, log), name=name)
+
         relay = Relay(
             view=lambda: controller.view,
             limits=_limits(config),
             whole_answer_s=section.whole_answer_timeout_s,
             metrics=metrics,
             random_room=ids.room,
-            spawn=lambda work, name: group.create_task(_supervised(work, name, log), name=name),
+            spawn=spawn,
             on_refused=controller.refused,
             loop=loop,
             clock=time.monotonic,
@@ -120,42 +142,104 @@ async def router_running(
             metrics=metrics,
             ids=ids,
             body_limit=section.body_limit_mib * 1024 * 1024,
-            started_at=int(time.clock_gettime(time.CLOCK_REALTIME)),
+            started_at=int(wall()),
             log=log,
         )
-        await _listen_admin(stack, config, admin_app(view=lambda: controller.view, relay=relay, metrics=metrics))
+        head, control = _control_plane(stack, config, controller, root, spawn, ids, log, say)
+        controller.attach(relay, head)
+        orders = Orders(controller, head)
+        metrics.control = orders
+        await _listen_admin(stack, config, admin_app(view=lambda: controller.view, relay=relay, metrics=metrics, orders=orders))
         await _listen_public(stack, config, listener)
         group.create_task(controller.run(), name="controller")
         relay.start()
-        yield Router(config, controller, listener, metrics)
+        yield Router(config, controller, listener, metrics, control, root)
 
 
-@contextlib.asynccontextmanager
-async def _owned_tasks() -> AsyncIterator[asyncio.TaskGroup]:
-    """A task group whose tasks end with the context. What the body raises comes out as it is, not in a group."""
-    failure: BaseException | None = None
+def _control_plane(
+    stack: contextlib.AsyncExitStack,
+    config: Config,
+    controller: Controller,
+    root: Path | None,
+    spawn: Callable[[Coroutine[Any, Any, None], str], Any],
+    ids: Ids,
+    log: structlog.typing.FilteringBoundLogger,
+    say: Say,
+) -> tuple[Head | None, ControlServer | None]:
+    if root is None:
+        return None, None
+    path = router_key_path(root)
+    key, made = load_or_make_key(path)
+    if made:
+        say(f"made the router's key, {path}")
+    registrar = Registrar(root, wall=wall, log=log)
+    host, port = parse_listen("router.control", config.router.control)
     try:
-        async with asyncio.TaskGroup() as group:
-            try:
-                yield group
-            except BaseException as error:  # noqa: BLE001  # raised again below
-                failure = error
-            raise _Over  # noqa: TRY301  # leaving a group with an exception is how its tasks are cancelled
-    except* _Over:
-        pass
-    if failure is not None:
-        raise failure
+        control = ControlServer(host, port, key=key, allows=registrar.allows, log=log)
+    except StartError as error:
+        if config.router.control != RouterSection().control or not engine_addresses(config.router):
+            raise
+        log.warning("no host can join this router; it serves the engines that were given by URL", why=str(error))
+        return None, None
+    stack.callback(control.close)
+    head = Head(
+        router=ids.request_id(),
+        registrar=registrar,
+        controller=controller,
+        send=control.send,
+        complaints=control.complaints,
+        spawn=spawn,
+        heartbeat_interval_s=config.cluster.heartbeat_interval_s,
+        log=log,
+    )
+    control.on_message = head.hear
+    controller.on_beat = head.beat
+    return head, control
 
 
-class _Over(Exception):  # noqa: N818  # not an error
-    """The context is over."""
+class Orders:
+    """What the admin listener may ask for: the controller's and the control plane's, in one place."""
+
+    def __init__(self, controller: Controller, head: Head | None) -> None:
+        self._head = head
+        self._controller = controller
+        self.drain = controller.drain
+        self.undrain = controller.undrain
+        self.flip = controller.flip
+        self.restart = controller.restart
+        self.story = controller.story
+
+    def change(self, number: int) -> dict[str, Any]:
+        """How a change fares."""
+        change = self._controller.changes.get(number)
+        if change is None:
+            raise OrderError(f"there is no change {number}: the last {CHANGES_KEPT} are kept", status=404)
+        began = change.steps[0][0]
+        steps = [{"after_s": round(at - began, 3), "what": what} for at, what in change.steps]
+        return {"engine": change.engine, "verb": change.verb, "was": change.was, "role": change.role, "phase": change.phase, "steps": steps}
+
+    def hosts(self) -> Sequence[msgspec.Struct]:
+        """Everybody who is registered."""
+        return [] if self._head is None else self._head.hosts()
+
+    async def revoke(self, host: str) -> str:
+        """Shuts a host out."""
+        if self._head is None:
+            raise no_control_plane()
+        return await self._head.revoke(host)
+
+    def control_messages(self) -> Mapping[str, int]:
+        """Messages of the control plane, by kind, and what was refused, by why."""
+        return {} if self._head is None else self._head.counts()
+
+    def flips(self) -> Mapping[tuple[str, str, str], int]:
+        """Flips that ended, by roles and outcome."""
+        return self._controller.flips
 
 
-async def _supervised(work: Coroutine[Any, Any, None], name: str, log: structlog.typing.FilteringBoundLogger) -> None:
-    try:
-        await work
-    except Exception:  # one failed background task must not end the router
-        log.exception("a background task failed", task=name)
+def wall() -> float:
+    """The wall clock, for what people read and for the expiry of tokens; nothing else is decided by it."""
+    return time.clock_gettime(time.CLOCK_REALTIME)
 
 
 def _limits(config: Config) -> Limits:
@@ -194,46 +278,44 @@ def _cannot_listen(flag: str, address: str, error: OSError) -> StartError:
     return StartError(f"cannot listen on {address}: {why}; stop that program or choose another address with {flag}")
 
 
-def _settle_memory() -> None:
-    """What lives now lives as long as the process: the collector need not look at it again."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
-
-
-def _raise_file_limit() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 async def serve_router(config: Config, say: Say) -> None:
-    """``disagg serve --role router``: a router for engines that run already."""
+    """``disagg serve --role router``: takes hosts that join, and engines that were given by URL."""
     began = time.monotonic()
     log = make_logger(config.observe.log_level, config.observe.log_format)
     stop = Stop(asyncio.get_running_loop(), say)
-    _raise_file_limit()
+    raise_file_limit()
     addresses = engine_addresses(config.router)
-    async with router_running(config, addresses, log) as router:
-        say(f"disagg {__version__} router")
+    root = state_root(config.security.state_dir or None, os.environ)
+    notes: list[str] = []
+    async with router_running(config, addresses, log, root=root, say=notes.append) as router:
+        for line in (f"disagg {__version__} router", *notes):
+            say(line)
         for address in addresses:
             say(f"  {address.id:<12} {address.url}" + (f"  bootstrap port {address.bootstrap_port}" if address.bootstrap_port else ""))
+        say_listeners(config, say)
+        if router.control is not None:
+            host, _ = parse_listen("router.control", config.router.control)
+            say(f"  hosts join   {host or '*'}:{router.control.port}")
         if not addresses:
-            say("  no engines are given: name them with --prefill and --decode, or --unified; until then requests get 503")
-        _say_listeners(config, say)
-        _warn_if_wide(config, log)
+            say("  no host has joined yet, so requests get 503. On this machine: disagg token create --role prefill")
+            say("  On another:  disagg serve --role prefill --join THIS_HOST:PORT --token …  (and the same for decode)")
+        warn_if_wide(config, log)
         say(f"Started in {time.monotonic() - began:.1f} s.")
-        _settle_memory()
-        await stop.asked.wait()
-        await router.drain(stop)
+        stop.notifier.ready(f"serving on {config.router.http}")
+        settle_memory()
+        await stop.wait()
+        async with stop.watched():
+            await router.drain(stop)
 
 
-def _say_listeners(config: Config, say: Say) -> None:
+def say_listeners(config: Config, say: Say) -> None:
+    """Where people find it."""
     say(f"  clients      http://{config.router.http}")
     say(f"  admin        http://{config.router.admin}")
 
 
-def _warn_if_wide(config: Config, log: structlog.typing.FilteringBoundLogger) -> None:
+def warn_if_wide(config: Config, log: structlog.typing.FilteringBoundLogger) -> None:
+    """One line when anybody on the network may ask."""
     host, _ = parse_listen("router.http", config.router.http)
     if host not in {"127.0.0.1", "::1", "localhost"}:
         log.warning("the public listener is open to the network without keys and without TLS", http=config.router.http)
@@ -243,7 +325,7 @@ def _warn_if_wide(config: Config, log: structlog.typing.FilteringBoundLogger) ->
 
 
 async def run_up(config: Config, counts: dict[Role, int], say: Say) -> None:
-    """``disagg up``: engines and a router on this machine, until a signal.
+    """``disagg up``: a router and a host with its engines on this machine, until a signal. The host joins as any other does.
 
     Raises:
         StartError: an engine or the router cannot start.
@@ -251,84 +333,65 @@ async def run_up(config: Config, counts: dict[Role, int], say: Say) -> None:
     began = time.monotonic()
     log = make_logger(config.observe.log_level, config.observe.log_format)
     stop = Stop(asyncio.get_running_loop(), say)
-    _raise_file_limit()
-    model, name = _model(config)
+    raise_file_limit()
+    model, name = model_of(config)
     run_dir = Path(tempfile.mkdtemp(prefix="disagg-up-"))
     say(f"disagg {__version__} on this machine: {config.engine.engine} engine, model {name} ({model})")
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(shutil.rmtree, run_dir, ignore_errors=True)
-        engines = [_embedded(config, role, i, model, name, run_dir) for role, n in counts.items() for i in range(n)]
-        processes, ready = await _start_engines(stack, engines)
-        for launch, file in zip(engines, ready, strict=True):
-            _say_engine(launch, file, say)
-        addresses = [file.address(launch) for launch, file in zip(engines, ready, strict=True)]
-        router = await stack.enter_async_context(router_running(config, addresses, log))
-        group = await stack.enter_async_context(_owned_tasks())
-        for process in processes:
-            group.create_task(_report_exit(process, router.controller, say), name=f"wait {process.id}")
-        await _wait_ready(router, stop)
-        _say_listeners(config, say)
-        _warn_if_wide(config, log)
-        say(f"Ready in {time.monotonic() - began:.1f} s. Logs of the engines: {run_dir}")
-        _settle_memory()
-        await stop.asked.wait()
+        local = msgspec.structs.replace(config, router=msgspec.structs.replace(config.router, control="127.0.0.1:0"))
+        router = await stack.enter_async_context(router_running(local, [], log, root=run_dir, say=lambda _: None))
+        assert router.control is not None
+        roles = tuple(role for role, n in counts.items() if n)
+        token = router.make_token(roles)
+        plan = HostPlan(
+            name="local",
+            join=("127.0.0.1", router.control.port),
+            advertise="127.0.0.1",
+            engines=tuple(EngineSpec(EngineId(f"{role}-{i}"), role) for role, n in counts.items() for i in range(n)),
+            root=run_dir,
+            token=token,
+            is_child=True,
+        )
+        quiet = make_logger("error" if config.observe.log_level == "error" else "warning", config.observe.log_format)
+        host = await stack.enter_async_context(host_running(config, plan, quiet))  # the router says the same of its engines
+        await _wait_ready(router, host, stop)
+        for engine in router.controller.view.engines:
+            _say_engine(engine, say)
+        say_listeners(config, say)
+        warn_if_wide(config, log)
+        if not stop.asked.is_set():
+            say(f"Ready in {time.monotonic() - began:.1f} s. Logs of the engines: {run_dir}")
+        settle_memory()
+        await stop.wait(host.task)
         await router.drain(stop)
+        if host.task.done():
+            await host.task
 
 
-async def _wait_ready(router: Router, stop: Stop) -> None:
-    async with asyncio.TaskGroup() as group:
-        ready = group.create_task(router.controller.wait_ready(), name="wait until ready")
-        stopped = group.create_task(stop.asked.wait(), name="wait for a signal")
-        await asyncio.wait({ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        ready.cancel()
-        stopped.cancel()
+async def _wait_ready(router: Router, host: Host, stop: Stop) -> None:
+    """Until every engine serves, a signal came, or one of them cannot start.
+
+    Raises:
+        StartError: an engine cannot start.
+    """
+    async with owned_tasks() as group:
+        group.create_task(_set_when(router.controller.wait_all_ready(len(host.keepers)), ready := asyncio.Event()), name="wait until ready")
+        while not ready.is_set() and not stop.asked.is_set():
+            failed = next((r for r in host.agent.reports() if r.state in {EngineState.DEAD, EngineState.HELD} and r.reason), None)
+            if failed is not None and host.deaths(failed.id):
+                raise StartError(f"the engine {failed.id} does not start: {failed.reason}")
+            if host.task.done():
+                await host.task
+            await asyncio.sleep(START_POLL_S)
 
 
-def _model(config: Config) -> tuple[Path, str]:
-    if not config.engine.model:
-        return DEMO_MODEL, config.engine.served_name or "demo"
-    folder = Path(config.engine.model)
-    if not (folder / "config.json").is_file():
-        raise StartError(f"the model folder {folder} has no config.json: give a Hugging Face folder with --model")
-    return folder, config.engine.served_name or folder.resolve().name
+async def _set_when(done: Coroutine[Any, Any, None], event: asyncio.Event) -> None:
+    await done
+    event.set()
 
 
-_MODES = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.UNIFIED: "null"}
-
-
-def _embedded(config: Config, role: Role, number: int, model: Path, name: str, run_dir: Path) -> EngineLaunch:
-    section = config.engine
-    ready_file = run_dir / f"{role}-{number}.json"
-    argv = [sys.executable, "-m", "disagg.engines.embedded"]
-    argv += ["--model-path", str(model), "--served-model-name", name, "--host", "127.0.0.1", "--port", "0"]
-    argv += ["--disaggregation-mode", _MODES[role], "--disaggregation-bootstrap-port", "0"]
-    argv += ["--page-size", str(section.page_size), "--max-total-tokens", str(section.kv_pool_tokens)]
-    argv += ["--max-running-requests", str(section.max_running_requests), "--chunked-prefill-size", str(section.chunk_tokens)]
-    argv += ["--ready-file", str(ready_file), "--exit-with-parent", *section.engine_args]
-    return EngineLaunch(EngineId(f"{role}-{number}"), role, tuple(argv), {}, ready_file, run_dir / f"{role}-{number}.log")
-
-
-async def _start_engines(stack: contextlib.AsyncExitStack, launches: Sequence[EngineLaunch]) -> tuple[list[EngineProcess], list[ReadyFile]]:
-    processes = []
-    for launch in launches:
-        process = await EngineProcess.start(launch)
-        stack.push_async_callback(process.stop, ENGINE_STOP_LIMIT_S)
-        processes.append(process)
-    try:
-        async with asyncio.TaskGroup() as group:
-            waits = [group.create_task(p.wait_ready(ENGINE_START_LIMIT_S), name=f"start {p.id}") for p in processes]
-    except* StartError as errors:
-        raise StartError(str(errors.exceptions[0])) from None
-    return processes, [w.result() for w in waits]
-
-
-def _say_engine(launch: EngineLaunch, ready: ReadyFile, say: Say) -> None:
-    bootstrap = f"  bootstrap port {ready.bootstrap_port}" if launch.role is Role.PREFILL else ""
-    say(f"  {launch.id:<12} {ready.url}{bootstrap}  pid {ready.pid}  ready in {ready.startup_s:.1f} s")
-
-
-async def _report_exit(process: EngineProcess, controller: Controller, say: Say) -> None:
-    code = await process.wait()
-    assert code is not None  # it was started here
-    say(f"{process.id} (pid {process.pid}) ended with code {code}: {process.log_tail()}")
-    await controller.exited(process.id, code)
+def _say_engine(engine: EngineView, say: Say) -> None:
+    address = engine.address
+    bootstrap = f"  bootstrap port {address.bootstrap_port}" if address.role is Role.PREFILL else ""
+    say(f"  {engine.id:<12} {address.url}{bootstrap}  pid {address.pid}")

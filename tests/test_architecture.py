@@ -21,6 +21,9 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.cluster.change",
             "disagg.cluster.detector",
             "disagg.cluster.members",
+            "disagg.status",
+            "disagg.wire.codec",
+            "disagg.wire.messages",
             "disagg.deploy.systemd",
             "disagg.engines.progress",
             "disagg.engines.restart",
@@ -28,8 +31,6 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.router.journal",
             "disagg.router.merge",
             "disagg.router.openai",
-            "disagg.wire.codec",
-            "disagg.wire.messages",
             "disagg.engines.embedded.answers",
             "disagg.engines.embedded.checkpoint",
             "disagg.engines.embedded.faults",
@@ -68,6 +69,7 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.observe.log",
             "disagg.observe.metrics",
             "disagg.observe.notify",
+            "disagg.router.admin",
             "disagg.router.app",
             "disagg.router.attempt",
             "disagg.router.client",
@@ -81,7 +83,17 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.security.token",
         }
     ),
-    "DOOR": frozenset({"disagg.__main__", "disagg.cli", "disagg.server", "disagg.engines.embedded.__main__"}),
+    "DOOR": frozenset(
+        {
+            "disagg.__main__",
+            "disagg.ask",
+            "disagg.cli",
+            "disagg.engines.embedded.__main__",
+            "disagg.host",
+            "disagg.life",
+            "disagg.server",
+        }
+    ),
 }
 PACKAGES = frozenset(
     {
@@ -93,9 +105,9 @@ PACKAGES = frozenset(
             "disagg.observe",
             "disagg.policy",
             "disagg.router",
-            "disagg.wire",
         ),
         "disagg.security",
+        "disagg.wire",
     }
 )
 

@@ -22,6 +22,7 @@ import disagg
 from disagg.config import settings
 from tests.ports import free_port
 
+SECTIONS = ("cluster", "router", "engine", "security", "observe")
 LIMIT_S = 20.0
 DISAGG = (sys.executable, "-m", "disagg")
 
@@ -71,7 +72,8 @@ class Router:
 @contextmanager
 def router(cwd: Path, *arguments: str) -> Iterator[Router]:
     port, admin = free_port(), free_port()
-    command = [*DISAGG, "serve", "--role", "router", "--http", f"127.0.0.1:{port}", "--admin", f"127.0.0.1:{admin}", *arguments]
+    places = ["--http", f"127.0.0.1:{port}", "--admin", f"127.0.0.1:{admin}", "--control", "127.0.0.1:0", "--state-dir", str(cwd / "state")]
+    command = [*DISAGG, "serve", "--role", "router", *places, *arguments]
     process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         yield Router(process, port, admin)
@@ -94,16 +96,18 @@ def test_help_lists_the_commands_that_exist_and_no_stub(tmp_path: Path) -> None:
     result = run("--help", cwd=tmp_path)
     assert result.returncode == 0
     listed = [line.split()[0] for line in result.stdout.partition("Commands:")[2].splitlines() if line.strip()]
-    assert sorted(listed) == ["check", "keygen", "serve", "systemd", "token", "up"]
+    assert sorted(listed) == [
+        *("check", "drain", "flip", "hosts", "keygen", "restart", "serve", "status", "systemd", "token", "undrain", "up"),
+    ]
 
 
-@pytest.mark.parametrize(("command", "sections"), [("serve", ("router", "observe")), ("up", ("router", "engine", "observe"))])
+@pytest.mark.parametrize(("command", "sections"), [("serve", SECTIONS), ("up", ("router", "engine", "observe"))])
 def test_help_names_the_flag_and_the_default_of_each_setting(command: str, sections: tuple[str, ...], tmp_path: Path) -> None:
     result = run(command, "--help", cwd=tmp_path)
     assert result.returncode == 0
     text = " ".join(result.stdout.split())
     for setting in settings(*sections):
-        if command == "up" and setting.key in {"prefill", "decode", "unified"}:
+        if command == "up" and setting.key in {"prefill", "decode", "unified", "control", "attach", "supervise"}:
             continue
         assert f" {setting.flag} " in text
         assert setting.text in text
@@ -111,12 +115,22 @@ def test_help_names_the_flag_and_the_default_of_each_setting(command: str, secti
             assert f"{setting.text} [default: {setting.default}]" in text
 
 
-def test_roles_that_do_not_exist_yet_are_absent(tmp_path: Path) -> None:
-    text = run("serve", "--help", cwd=tmp_path).stdout
-    assert "--role <router> " in text
-    result = run("serve", "--role", "prefill", cwd=tmp_path)
+def test_serve_takes_the_roles_of_the_contract(tmp_path: Path) -> None:
+    assert "--role <router|prefill|decode|unified>\n" in run("serve", "--help", cwd=tmp_path).stdout
+    result = run("serve", "--role", "nonsense", cwd=tmp_path)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
+
+
+def test_a_host_without_the_routers_address_is_one_line_that_names_the_flag(tmp_path: Path) -> None:
+    assert "--join" in one_line(run("serve", "--role", "prefill", cwd=tmp_path), 78)
+
+
+def test_a_host_that_never_joined_is_told_how_to_get_a_token(tmp_path: Path) -> None:
+    result = run("serve", "--role", "decode", "--join", "127.0.0.1:1", "--state-dir", str(tmp_path / "s"), cwd=tmp_path)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert "disagg token create --role decode" in line
 
 
 @pytest.mark.parametrize(
@@ -202,7 +216,8 @@ def test_a_port_in_use_is_one_line_that_names_it(flag: str, tmp_path: Path) -> N
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         other = "--admin" if flag == "--http" else "--http"
-        line = one_line(run("serve", "--role", "router", flag, address, other, f"127.0.0.1:{free_port()}", cwd=tmp_path), 1)
+        places = [flag, address, other, f"127.0.0.1:{free_port()}", "--control", "127.0.0.1:0", "--state-dir", str(tmp_path / "s")]
+        line = one_line(run("serve", "--role", "router", *places, cwd=tmp_path), 1)
     assert (
         line
         == f"disagg: cannot listen on {address}: another program listens there; stop that program or choose another address with {flag}"
@@ -213,16 +228,18 @@ def test_a_router_without_engines_says_so_and_ends_on_sigterm(tmp_path: Path) ->
     with router(tmp_path) as running:
         said = running.lines_until("Started in ")
         assert said[0] == f"disagg {disagg.__version__} router"
-        assert "--prefill" in said[1]
+        assert said[1] == f"made the router's key, {tmp_path}/state/router/key"
         assert said[2].split() == ["clients", f"http://127.0.0.1:{running.port}"]
         assert said[3].split() == ["admin", f"http://127.0.0.1:{running.admin}"]
+        assert said[4].split()[:2] == ["hosts", "join"]
+        assert "disagg token create" in said[5]
 
         assert running.ask("/healthz")[0] == 200
         assert running.ask("/v1/models")[0] == 200
 
         status, headers, body = running.ask("/readyz")
         assert (status, headers["Retry-After"].isdigit()) == (503, True)
-        assert "no engine is configured" in json.loads(body)["error"]["message"]
+        assert "no host has joined yet" in json.loads(body)["error"]["message"]
 
         for path, request in (
             ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),

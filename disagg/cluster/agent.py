@@ -5,8 +5,8 @@
                                     Heartbeat ─► Ack             every interval, and at once when an engine changed
                               ◄──── Order ────── Answer
 
-A link on which nothing was acknowledged for `LINK_LOST_S` is given up and made anew: TCP would believe in it for minutes. The engines notice
-nothing of all that.
+A link on which nothing was acknowledged for `LINK_LOST_S` is given up and made anew: TCP would believe in it for minutes. The engines
+notice nothing of all that.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ RETRY_S = 0.2
 GRUMBLE_S = 10.0
 GOODBYE_MS = 500
 DRAIN_POLL_S = 0.05
+DRAIN_GRACE_S = 0.1
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -166,8 +167,10 @@ class Agent:
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         """Runs a coroutine as a task of this agent's."""
-        assert self._tasks is not None, "the agent does not run"
-        self._tasks.create_task(work, name=name)
+        if self._tasks is None:
+            work.close()  # the agent has ended; nobody waits for this any more
+        else:
+            self._tasks.create_task(work, name=name)
 
     async def drain(self, limit_s: float, urgent: asyncio.Event, reason: str = "its host stops") -> bool:
         """Says that no new work may come, and waits until what runs has ended.
@@ -177,12 +180,13 @@ class Agent:
         """
         self._stopping = reason
         self.changed()
-        told = self._seq + 1
+        told, heard_at = self._seq + 1, 0.0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
                 while not urgent.is_set():  # the poll's own interval is what one waits for
-                    heard = self._acked >= told or not self.joined.is_set()
-                    if heard and not any(_busy(k.report()) for k in self._keepers.values()):
+                    if not heard_at and (self._acked >= told or not self.joined.is_set()):
+                        heard_at = self._loop.time()  # what was sent here before that may only now be arriving
+                    if heard_at and all(keeper.is_idle(heard_at + DRAIN_GRACE_S) for keeper in self._keepers.values()):
                         return True
                     await asyncio.sleep(DRAIN_POLL_S)
         return False
@@ -202,6 +206,10 @@ class Agent:
             me = self._identity
             self._send(Goodbye(me.incarnation, me.nonce, engines_stay))
             self._close(linger_ms=GOODBYE_MS)
+
+    def forget_engines(self) -> None:
+        """The engines are not this agent's any more: stopping has nothing to stop."""
+        self._keepers.clear()
 
     # --- the link
 
@@ -267,8 +275,7 @@ class Agent:
             if answer is not None:
                 return answer
         raise _LinkLostError(
-            f"no router answers at {self._host}:{self._port}: is it running, is the port open, and is it the one that this host's token came"
-            " from?"
+            f"no router answers at {self._host}:{self._port}: is it running, is the port open, and did this host's token come from it?"
         )
 
     async def _register(self, token_key: KeyPair) -> None:
@@ -434,8 +441,3 @@ def _read(frame: bytes) -> ToHost | DisaggError:
         return to_host.decode(frame)
     except FrameError as error:
         return _LinkLostError(f"the router sent something that cannot be read: {error}")
-
-
-def _busy(report: EngineReport) -> bool:
-    alive = report.state in {EngineState.READY, EngineState.DRAINING, EngineState.SUSPECT}
-    return alive and report.load.running + report.load.waiting > 0

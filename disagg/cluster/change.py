@@ -7,9 +7,9 @@ Theory of operation. Both changes begin with a drain: no new work, and what runs
                 └─ not idle in time ─► FAILED, back in service as it was
     restart  DRAINING ─ idle, or not idle in time ─► RESTARTING ─ ready again ─► DONE, back in service
 
-SGLang switches only an engine that is fully idle. A flip that meets work which does not end gives up, because the engine is of use as it is;
-a restart goes on, because whoever asks for one wants the process gone. An engine that refuses a live switch (feature not enabled, another
-backend, half done and not `safe_to_restore`) is restarted in the new role, which always works and costs a start.
+SGLang switches only an engine that is fully idle. A flip that meets work which does not end gives up, because the engine is of use as it
+is; a restart goes on, because whoever asks for one wants the process gone. An engine that refuses a live switch (feature not enabled,
+another backend, half done and not `safe_to_restore`) is restarted in the new role, which always works and costs a start.
 
 Every change ends: each state has its limit.
 """

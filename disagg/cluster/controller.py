@@ -3,8 +3,8 @@
     probes, reports, host verdicts ──► detectors (decide) ──► ClusterView ──► the relay reads it
     orders of people               ──► changes   (decide) ──► orders to agents, canaries, overlays
 
-One beat every `BEAT_S` asks all machines for what is due. It notices how late it is itself: time in which the router did not run is nobody's
-silence, and what a probe says that was under way meanwhile proves nothing.
+One beat every `BEAT_S` asks all machines for what is due. It notices how late it is itself: time in which the router did not run is
+nobody's silence, and what a probe says that was under way meanwhile proves nothing.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ class Controller:
     Attributes:
         view: the current view; replaced whole, never changed.
         changes: those under way and the last ones that ended, oldest first.
+        flips: those that ended, by roles and outcome.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class Controller:
         self._facts_until: dict[EngineId, float] = {}
         self._running: dict[EngineId, tuple[Change, int]] = {}  # with the pid that it began with
         self.changes: dict[int, Change] = {}
+        self.flips: Counter[tuple[str, str, str]] = Counter()
         self._change_ids = 0
         self._waiting: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._stale_at: float | None = None  # since when the view shows loads that are not the newest
@@ -213,6 +215,10 @@ class Controller:
     async def wait_settled(self) -> None:
         """Returns when no engine is starting any more."""
         await self._wait_for(lambda: all(e.state is not EngineState.STARTING for e in self.view.engines))
+
+    async def wait_all_ready(self, count: int) -> None:
+        """Returns when so many engines are there and all of them are ready."""
+        await self._wait_for(lambda: len(self.view.engines) == count and all(e.state is EngineState.READY for e in self.view.engines))
 
     async def _wait_for(self, is_so: Callable[[], bool]) -> None:
         if is_so():
@@ -460,7 +466,7 @@ class Controller:
         event: ChangeEvent = ChangeTick()
         if view is None:
             event = WasLost("its host does not have it any more")
-        elif change.phase is ChangePhase.DRAINING and (self._is_idle(view) or not change.live and view.state in _DOWN):
+        elif change.phase is ChangePhase.DRAINING and (self._is_idle(view) or (not change.live and view.state in _DOWN)):
             event = BecameIdle()
         elif view.state in _DOWN and change.phase is not ChangePhase.RESTARTING:
             event = WasLost(view.reason)
@@ -481,8 +487,11 @@ class Controller:
             commands = change.handle(event, now=now)
             if commands:
                 self._carry_out(change, commands)
-        if change.phase in FINAL:
-            self._running.pop(change.engine, None)
+        known = self._running.get(change.engine)
+        if change.phase in FINAL and known is not None and known[0] is change:
+            del self._running[change.engine]
+            if change.live:
+                self.flips[change.was, change.role, change.phase] += 1
             self._log.info(change.verb, engine=change.engine, outcome=change.outcome)
 
     def _carry_out(self, change: Change, commands: Iterable[ChangeCommand]) -> None:

@@ -1,8 +1,8 @@
 """The router's end of the control plane: frames in, frames out, and who belongs to the cluster.
 
-    ControlServer ──► Head ──► Registrar   (may this key speak, and under which name)
-                        ├────► Members     (which hosts are there; decides)
-                        └────► Controller  (their engines)
+ControlServer ──► Head ──► Registrar   (may this key speak, and under which name)
+                    ├────► Members     (which hosts are there; decides)
+                    └────► Controller  (their engines)
 """
 
 from __future__ import annotations
@@ -133,11 +133,11 @@ class Head:
     def _from_host(self, host: HostId, session: bytes, message: ToRouter) -> None:
         match message:
             case Heartbeat():
-                self._feed(
-                    HeartbeatSeen(host, session, message.incarnation, message.nonce, message.seq, message.acked, message.engines)
-                )
+                self._feed(HeartbeatSeen(host, session, message.incarnation, message.nonce, message.seq, message.acked, message.engines))
             case Hello(name=name) if name != host:
-                self._send(session, Refused(f"this key is registered as {host} and not as {name[:63]}: start it with --name {host}", final=True))
+                self._send(
+                    session, Refused(f"this key is registered as {host} and not as {name[:63]}: start it with --name {host}", final=True)
+                )
             case Hello():
                 self._feed(HelloSeen(host, session, message.incarnation, message.nonce, "", message.release[:40], message.engines))
             case Goodbye():
@@ -251,6 +251,10 @@ class Head:
             raise OrderError(f"no host is registered as {name!r}; there is {known}", status=404)
         self._feed(HostRevoked(HostId(name)))
         return f"{name} is shut out: its engines get no more work and its key opens nothing; it can come back with a new token only"
+
+    def counts(self) -> dict[str, int]:
+        """Messages by kind, and what was refused, by why."""
+        return dict(self._complaints.counts) | dict(self.messages)
 
     def __repr__(self) -> str:
         return f"<Head {self._members!r} orders={len(self._orders)}>"

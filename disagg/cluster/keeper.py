@@ -1,9 +1,9 @@
 """Keeps one engine of this host: the hands of one `EngineLife`, and the agent's eyes on the engine.
 
-    agent ──► keeper ──► life (decides)
-                ├──► launcher ──► the engine's process, which outlives all of this
-                ├──► prober: how far is it, several times a second
-                └──► record on disk, with which the next agent finds the process again
+agent ──► keeper ──► life (decides)
+            ├──► launcher ──► the engine's process, which outlives all of this
+            ├──► prober: how far is it, several times a second
+            └──► record on disk, with which the next agent finds the process again
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ POLL_S = 0.25
 POLL_PATIENCE_S = 1.0
 UNANSWERED_S = 2.0
 PROBE_PATIENCE_S = 10.0
+LAST_WORDS_LIMIT = 300
 SWITCH_PATIENCE_S = 60.0
 """Decode captures its CUDA graphs anew on a flip; that may take long."""
 
@@ -67,6 +68,9 @@ class Keeper(Protocol):
 
     def report(self) -> EngineReport:
         """How it is."""
+
+    def is_idle(self, since: float) -> bool:
+        """It said after this moment that nothing runs on it, or it cannot run anything."""
 
     async def run(self) -> None:
         """Keeps it until cancelled."""
@@ -165,6 +169,17 @@ class _Watched:
             self._said = said
             self._on_change()
 
+    def is_idle(self, since: float) -> bool:
+        """It said after this moment that nothing runs on it, or it cannot run anything."""
+        report = self.report()
+        if report.state not in _MAY_RUN:
+            return True
+        return self._answered_at > since and report.load.running + report.load.waiting == 0
+
+    def report(self) -> EngineReport:
+        """How it is."""
+        raise NotImplementedError
+
     def drain(self, reason: str) -> None:
         """No new work; empty: work again."""
         self._drained = reason
@@ -227,8 +242,15 @@ class EngineKeeper(_Watched):
         self._ready: ReadyFile | None = None
         self._address: EngineAddress | None = None
         self._start_ticks = 0
+        self._last_words = ""
+        self._leaving = False
         self._wake = asyncio.Event()
         self._ended = asyncio.Event()
+
+    @property
+    def deaths(self) -> int:
+        """How often it died lately."""
+        return self._life.deaths
 
     # --- life
 
@@ -269,7 +291,7 @@ class EngineKeeper(_Watched):
         self._process = process
         self._ready, self._start_ticks = record.ready, record.start_ticks
         self._facts, self._load, self._counter, self._working = EngineFacts(), EngineLoad(), 0, False
-        self._mode_fault = ""
+        self._mode_fault = self._last_words = ""
         self._answered_at = self._loop.time()
         self._address = record.ready.address(record) if record.ready is not None else None
         self._ended.clear()
@@ -280,7 +302,8 @@ class EngineKeeper(_Watched):
         self._ended.set()
         if process is self._process:
             if self._life.state not in {State.STOPPING, State.STOPPED}:
-                self._log.warning("an engine ended", pid=process.pid, code=code, last_words=process.log_tail())
+                self._last_words = process.log_tail()[:LAST_WORDS_LIMIT]
+                self._log.warning("an engine ended", pid=process.pid, code=code, last_words=self._last_words)
             self._feed(Exited(code, process.pid))
 
     def _feed(self, event: Event) -> None:
@@ -295,7 +318,8 @@ class EngineKeeper(_Watched):
             case Spawn():
                 self._spawn(self._start(), f"start {self.id}")
             case Terminate():
-                self._spawn(self._terminate(), f"stop {self.id}")
+                if self._process is not None and not self._leaving:
+                    self._process.terminate()
             case Kill(cause=cause):
                 self._log.error("killing the engine", cause=cause)
                 if self._process is not None:
@@ -357,10 +381,6 @@ class EngineKeeper(_Watched):
     def _launch_path(self) -> Path:
         return self._folder / self.id / "launch.json"
 
-    async def _terminate(self) -> None:
-        if self._process is not None:
-            self._process.terminate()
-
     # --- looking
 
     async def _poll(self) -> None:
@@ -406,7 +426,8 @@ class EngineKeeper(_Watched):
             case State.STOPPING:
                 return (EngineState.DEAD if self._process is None or not self._process.alive else EngineState.DRAINING), self._life.reason
             case _:
-                return EngineState.DEAD, self._life.reason
+                words = f" (its last words: {self._last_words})" if self._last_words else ""
+                return EngineState.DEAD, self._life.reason + words
 
     def _tell(self) -> None:
         self._say_changes(*self._state())
@@ -437,6 +458,7 @@ class EngineKeeper(_Watched):
     async def stop(self, limit_s: float) -> None:
         """SIGTERM, SIGKILL after `limit_s` seconds."""
         process = self._process
+        self._leaving = True  # the launcher ends it, in its own way; a second SIGTERM would mean "at once" to many a program
         if self._life.state in {State.STARTING, State.RUNNING, State.BACKOFF, State.HELD}:
             self._feed(StopAsked("its agent stops"))
         if process is not None and process.alive:
@@ -509,4 +531,5 @@ class AttachedKeeper(_Watched):
         """Nothing is held."""
 
 
+_MAY_RUN = frozenset({EngineState.READY, EngineState.DRAINING, EngineState.SWITCHING})
 MODES = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.UNIFIED: "null"}

@@ -1,8 +1,8 @@
 """The control plane's sockets: ZeroMQ with CURVE, plain callbacks on the event loop, limits on what a peer may cost.
 
-CURVE is always on: there is no way to make a socket without keys. Who may connect is asked of the caller for each handshake (ZAP, RFC 27),
-by the client's public key; a peer without a known key never gets a byte of a message parsed. The authenticated key comes with every message,
-so that nobody can speak for somebody else.
+CURVE is always on: there is no way to make a socket without keys. Who may connect is asked of the caller for each handshake (ZAP, RFC
+27), by the client's public key; a peer without a known key never gets a byte of a message parsed. The authenticated key comes with every
+message, so that nobody can speak for somebody else.
 
 Why no `zmq.asyncio`: its sockets make a future per message; here the loop watches the socket's descriptor, and messages are taken in
 batches. The descriptor is edge-triggered, so after each batch and each send the socket is asked whether more is waiting.
@@ -64,7 +64,7 @@ class _Readable:
         self._taking = True
         try:
             for _ in range(BATCH):
-                if self._socket.closed or not self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN or not self._take():  # type: ignore[operator]
+                if self._socket.closed or not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN or not self._take():
                     return
         finally:
             self._taking = False
@@ -140,7 +140,9 @@ class ControlServer:
     Args:
         key: the router's key pair; hosts know its public half.
         allows: whether a peer with this public key may connect; asked once per handshake.
-        on_message: called for each message; must not raise.
+
+    Attributes:
+        on_message: called for each message; must not raise. Until it is set, messages are dropped.
 
     Raises:
         StartError: the address cannot be listened on.
@@ -153,13 +155,12 @@ class ControlServer:
         *,
         key: KeyPair,
         allows: Callable[[str], bool],
-        on_message: OnMessage,
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.complaints = Complaints(log, self._loop)
         self._allows = allows
-        self._on_message = on_message
+        self.on_message: OnMessage | None = None
         self._buckets: dict[str, Bucket] = {}
         self._deaf_until: dict[str, float] = {}
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -216,9 +217,9 @@ class ControlServer:
             return False
         key = _key_of(frames[-1])
         if self._listens_to(key):
-            if len(frames) == 2:
-                self._on_message(frames[0].bytes, key, frames[1].bytes)
-            else:
+            if len(frames) == 2 and self.on_message is not None:
+                self.on_message(frames[0].bytes, key, frames[1].bytes)
+            elif len(frames) != 2:
                 self.complaints.add("garbage", "a message did not come as one frame")
         return True
 

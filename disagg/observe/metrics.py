@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -49,6 +50,16 @@ class Histogram:
         return HistogramMetricFamily(name, text, buckets=buckets, sum_value=self._sum)
 
 
+class ControlCounts(Protocol):
+    """What the control plane counts."""
+
+    def control_messages(self) -> Mapping[str, int]:
+        """Messages by kind, and what was refused, by why."""
+
+    def flips(self) -> Mapping[tuple[str, str, str], int]:
+        """Flips that ended, by roles and outcome."""
+
+
 class RouterMetrics(Collector):
     """What the router counts.
 
@@ -65,6 +76,7 @@ class RouterMetrics(Collector):
         self.ttft = Histogram(_LATENCY_S)
         self.itl = Histogram(_STEP_S)
         self.loop_lag = Histogram(_STEP_S)
+        self.control: ControlCounts | None = None
         self._view = view
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -80,6 +92,10 @@ class RouterMetrics(Collector):
         yield _counter("disagg_shed", "Requests refused for want of capacity, by reason.", ["reason"], _by_one(self.shed))
         yield self.loop_lag.family("disagg_loop_lag_seconds", "How late the router's own timer was.")
         yield from self._of_engines()
+        if self.control is not None:
+            messages, flips = self.control.control_messages(), self.control.flips()
+            yield _counter("disagg_control_messages", "Messages of the control plane, by kind.", ["kind"], _by_one(messages))
+            yield _counter("disagg_flips", "Role flips that ended.", ["from", "to", "outcome"], flips.items())
 
     def _of_engines(self) -> Iterator[Metric]:
         view = self._view()
@@ -97,7 +113,7 @@ class RouterMetrics(Collector):
         return generate_latest(self._registry)
 
 
-def _by_one(counter: Counter[str]) -> Iterable[tuple[tuple[str, ...], int]]:
+def _by_one(counter: Mapping[str, int]) -> Iterable[tuple[tuple[str, ...], int]]:
     return (((key,), count) for key, count in counter.items())
 
 

@@ -1,13 +1,13 @@
-"""The public listener and the admin listener.
+"""The public listener.
 
-The public one is aiohttp's low-level server with a dict lookup on the raw path: no router, no middleware, no response classes on the way
+It is aiohttp's low-level server with a dict lookup on the raw path: no router, no middleware, no response classes on the way
 of a token. `handler_cancellation` is on, so that a client that leaves cancels its handler and through it both engines.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -284,56 +284,3 @@ def _error(status: int, sentence: str, headers: dict[str, str] | None = None) ->
     kind = "invalid_request_error" if status < 500 else "service_unavailable" if status == 503 else "internal_error"
     body = msgspec.json.encode(error_object(sentence, kind=kind))
     return web.Response(status=status, reason=HTTPStatus(status).phrase, body=body, content_type="application/json", headers=headers)
-
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-def admin_app(*, view: Callable[[], ClusterView], relay: Relay, metrics: RouterMetrics) -> web.Application:
-    """The admin listener: metrics and what the router knows. It changes nothing yet."""
-
-    async def get_metrics(_: web.Request) -> web.Response:
-        return web.Response(body=metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-
-    async def get_cluster(_: web.Request) -> web.Response:
-        return web.Response(body=msgspec.json.encode(cluster_json(view())), content_type="application/json")
-
-    async def get_requests(_: web.Request) -> web.Response:
-        rows = [{"id": r.request_id, "route": r.route, "model": r.model, "outcome": r.outcome} for r in reversed(relay.records.values())]
-        return web.json_response({"requests": rows})
-
-    async def get_request(request: web.Request) -> web.Response:
-        story = relay.waterfall(request.match_info["id"])
-        return _error(404, "no such request: the last 1000 are kept") if story is None else web.json_response(story)
-
-    app = web.Application()
-    app.router.add_get("/metrics", get_metrics)
-    app.router.add_get("/admin/cluster", get_cluster)
-    app.router.add_get("/admin/requests", get_requests)
-    app.router.add_get("/admin/requests/{id}", get_request)
-    return app
-
-
-def cluster_json(view: ClusterView) -> dict[str, Any]:
-    """The view in the shape of ``GET /admin/cluster``."""
-    engines = [
-        {
-            "id": e.id,
-            "host": e.address.host,
-            "role": e.address.role.value,
-            "state": e.state.value,
-            "model": e.facts.model,
-            "url": e.address.url,
-            "pid": e.address.pid or None,
-            "load": {
-                "running": e.load.running,
-                "waiting": e.load.waiting,
-                "kv_used_tokens": e.load.kv_used_tokens,
-                "kv_total_tokens": e.load.kv_total_tokens,
-            },
-            "reason": e.reason,
-        }
-        for e in view.engines
-    ]
-    hosts = [{"id": name} for name in sorted({e.address.host for e in view.engines})]
-    return {"hosts": hosts, "engines": engines}

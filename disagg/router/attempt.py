@@ -36,7 +36,7 @@ from disagg.handoff import (
     PrefillFinished,
     Tick,
 )
-from disagg.model import Choice, EngineView
+from disagg.model import Choice, EngineId, EngineView
 from disagg.router.openai import split_failure
 from disagg.router.upstream import Upstream, UpstreamConnection, unframe
 
@@ -72,7 +72,8 @@ class Attempt:
         finished: the client's side is over; `error` says why, None when it has the whole answer.
         stalled: the client reads too slowly; the waiting task drains it and calls `resume`.
         last_read_at: when decode's bytes were last seen.
-        retryable: it failed before any engine can have worked on it.
+        retryable: it failed before any engine can have worked on it, or with an engine that was lost.
+        lost: the engines that were lost under it.
         on_prefill_answer: called with prefill's whole body when it ended with success.
         on_wake: called by the waiting task each time it wakes; takes what an `EventLeg` has collected.
     """
@@ -87,6 +88,7 @@ class Attempt:
         "first_token_at",
         "handoff",
         "last_read_at",
+        "lost",
         "on_prefill_answer",
         "on_wake",
         "owner",
@@ -123,6 +125,7 @@ class Attempt:
         self.first_token_at = 0.0
         self.last_read_at = 0.0
         self.retryable = False
+        self.lost: list[EngineId] = []
         handoff.handle(Dispatched(), now=owner.clock())  # its command is to send, which the relay does once both engines are connected
 
     def send(
@@ -222,6 +225,22 @@ class Attempt:
         """An engine could not be connected: nothing was sent to either."""
         self.handle(event)
         self._settle()
+
+    def engine_lost(self, engine: EngineId, cause: str) -> None:
+        """An engine is given up: its leg ends here, and the handoff decides what becomes of the other one."""
+        prefill, decode = self.choice.prefill, self.choice.decode
+        error = EngineError(f"the engine {engine} was lost: {cause}")
+        if prefill is not None and prefill.id == engine and self.prefill_connection is not None:
+            self._lose(self.prefill_connection, engine)
+            self.prefill_ended(PrefillFailed(error))
+        if decode.id == engine and self.decode_connection is not None:
+            self._lose(self.decode_connection, engine)
+            self.decode_ended(DecodeFailed(error))
+
+    def _lose(self, connection: UpstreamConnection, engine: EngineId) -> None:
+        connection.abandon()
+        self.lost.append(engine)
+        self.retryable = True
 
     def client_left(self) -> None:
         """The client closed its connection."""

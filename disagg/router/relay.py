@@ -6,6 +6,7 @@ One timer serves every attempt: it asks each machine for its deadline, drops idl
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,13 +21,17 @@ from disagg.observe.metrics import RouterMetrics
 from disagg.policy.route import InFlight, choose, pool_of
 from disagg.router.attempt import Attempt, DecodeLeg
 from disagg.router.client import Client
-from disagg.router.openai import MAX_SAMPLES, ClientRequest, key_prefix
+from disagg.router.legs import WholeLeg
+from disagg.router.openai import MAX_SAMPLES, ClientRequest, Route, key_prefix, parse_request
 from disagg.router.upstream import Upstream, UpstreamConnection
 
 SWEEP_S = 0.1
 RECORDS_LIMIT = 1000
 MAX_ATTEMPTS = 2
 CLIENT_STALL_S = 60.0
+PROVE_LIMIT_S = 10.0
+CANARY = b'{"text":"1","sampling_params":{"max_new_tokens":2,"temperature":0}}'
+"""What an engine answers before it gets work again. No prompt of anybody's."""
 ABORT_LIMIT_S = 2.0
 
 LegFactory = Callable[[Attempt, int], DecodeLeg]
@@ -182,7 +187,7 @@ class Relay:
     def may_pair(self, request: ClientRequest) -> bool:
         """True when a pair may serve this request; a pair must never see ``n > 1``."""
         pool = pool_of(self._view(), request.model)
-        return bool(pool.prefill and pool.decode)
+        return pool.can_pair
 
     async def run(self, job: Job, leg: LegFactory, client: Client) -> Attempt:
         """Makes attempts until one succeeds.
@@ -205,13 +210,18 @@ class Relay:
                 return attempt
             if not attempt.retryable or client.started or number == MAX_ATTEMPTS:
                 raise attempt.error
-            self.metrics.replays["never_reached_engine"] += 1
+            tried += attempt.lost  # an engine that was lost is not asked again
+            self.metrics.replays["engine_lost" if attempt.lost else "never_reached_engine"] += 1
         raise AssertionError("unreachable")
 
     def _new_attempt(self, job: Job, tried: Sequence[EngineId]) -> Attempt:
         view = self._view()
-        self.in_flight.grow(len(view.engines))
+        if view.engines:
+            self.in_flight.grow(view.engines[-1].slot + 1)
         choice = choose(pool_of(view, job.request.model), self.in_flight, exclude=tried, unified_only=job.holds_samples)
+        return self._attempt(job, choice)
+
+    def _attempt(self, job: Job, choice: Choice) -> Attempt:
         limits = self._limits if job.request.stream else self._whole_limits
         handoff = Handoff(paired=choice.prefill is not None, limits=limits, deadline_at=job.deadline_at)
         prefill = self._upstream(choice.prefill) if choice.prefill is not None else None
@@ -311,6 +321,49 @@ class Relay:
             attempt.retryable = True
             if not attempt.finished:
                 attempt.unconnected(DecodeFailed(result) if engine is attempt.choice.decode else PrefillFailed(result))
+
+    # --- what the controller asks
+
+    def engine_lost(self, engine: EngineId, cause: str) -> None:
+        """Nothing that runs on this engine will be answered: its attempts end now, and are made anew where the client has heard nothing."""
+        for attempt in list(self._live):
+            attempt.engine_lost(engine, cause)
+
+    def last_bytes_at(self, engine: EngineId) -> float:
+        """When bytes of a running answer last came from this engine; 0 for never. Seconds on the monotonic clock, as the loop's."""
+        return max((a.last_read_at for a in self._live if a.choice.decode.id == engine and not a.finished), default=0.0)
+
+    def legs_of(self, slot: int) -> int:
+        """How many legs run on the engine in this slot."""
+        counts = self.in_flight.now
+        return counts[slot] if slot < len(counts) else 0
+
+    async def prove(self, choice: Choice) -> str:
+        """Has a pair, or a unified engine, answer one small request.
+
+        Returns:
+            A sentence about the answer.
+
+        Raises:
+            DisaggError: it did not.
+        """
+        began = self.clock()
+        slots = [e.slot for e in (choice.prefill, choice.decode) if e is not None]
+        self.in_flight.grow(max(slots) + 1)
+        request = parse_request(Route.GENERATE, CANARY)
+        job = Job(request, request.rest, 0, began + PROVE_LIMIT_S, Record(os.urandom(16).hex(), request.path, began))
+        attempt = self._attempt(job, choice)
+        try:
+            await self._send(attempt, job, lambda a, _number: WholeLeg(a), 1, [])
+            while not attempt.finished:
+                await attempt.wait()
+        finally:
+            attempt.client_left()
+        if attempt.error is not None:
+            raise attempt.error
+        attempt.decode_leg = None
+        names = " and ".join(e.id for e in (choice.prefill, choice.decode) if e is not None)
+        return f"{names} answered a canary in {self.clock() - began:.2f} s"
 
     async def outcome(self, attempt: Attempt, client: Client) -> None:
         """Waits for the end of an attempt, and for a client that reads slowly in between."""

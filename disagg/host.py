@@ -1,0 +1,394 @@
+"""The composition root of a host: who it is, which engines it has, how they are started; and its agent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import re
+import secrets
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+from disagg import __version__
+from disagg.cluster.agent import Agent, Identity
+from disagg.cluster.keeper import MODES, AttachedKeeper, EngineKeeper, Keeper
+from disagg.cluster.prober import Prober
+from disagg.config import Config, EngineEntry, parse_attach, parse_join
+from disagg.engines.base import EngineLaunch, Launcher
+from disagg.engines.process import ChildLauncher, UnitLauncher
+from disagg.engines.restart import EngineLife, Limits
+from disagg.errors import ConfigError, StartError
+from disagg.life import Say, Stop, owned_tasks, raise_file_limit, run, settle_memory
+from disagg.model import EngineAddress, EngineId, Role
+from disagg.observe.log import make_logger
+from disagg.security.keys import KeyPair, load_or_make_key
+from disagg.security.state import host_folder, read_private, state_root, write_private
+from disagg.security.token import Token
+
+__all__ = ["EngineSpec", "Host", "HostPlan", "host_running", "make_plan", "model_of", "run", "serve_host"]
+
+DEMO_MODEL = Path(__file__).parent / "engines" / "embedded" / "demo_model"
+PROBE_PATIENCE_S = 2.0
+TOKEN_VARIABLE = "DISAGG_TOKEN"  # noqa: S105  # the variable's name
+KEY_VARIABLE = "DISAGG_ENGINE_API_KEY"
+URGENT_STOP_S = 1.0
+
+
+class EngineSpec(msgspec.Struct, frozen=True):
+    """One engine of this host, as configured.
+
+    Attributes:
+        gpus: those that it may see; empty means all.
+        ports: HTTP and bootstrap; empty means free ones.
+        args: handed to it as they are.
+    """
+
+    id: EngineId
+    role: Role
+    gpus: tuple[int, ...] = ()
+    ports: tuple[int, ...] = ()
+    args: tuple[str, ...] = ()
+
+
+class HostPlan(msgspec.Struct, frozen=True):
+    """What a host is made of.
+
+    Attributes:
+        join: the router's control address.
+        advertise: the address of this host for the others; engines bind to it.
+        root: the state directory.
+        token: to join with; None for a host that has joined before.
+        is_child: the engines end with this process (`disagg up`), and demand no key, as nobody else can reach them.
+    """
+
+    name: str
+    join: tuple[str, int]
+    advertise: str
+    engines: tuple[EngineSpec, ...]
+    root: Path
+    token: Token | None = None
+    is_child: bool = False
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """Those of its engines, each once."""
+        return tuple(dict.fromkeys(engine.role for engine in self.engines))
+
+
+class _Membership(msgspec.Struct, frozen=True):
+    """What a host remembers of the cluster that it joined."""
+
+    router_key: str
+
+
+class Host:
+    """A running host. Made by `host_running`."""
+
+    def __init__(self, agent: Agent, keepers: list[Keeper], task: asyncio.Task[None]) -> None:
+        self.agent = agent
+        self.keepers = keepers
+        self.task = task
+
+    def deaths(self, engine: EngineId) -> int:
+        """How often an engine of this host died lately."""
+        return next((k.deaths for k in self.keepers if k.id == engine and isinstance(k, EngineKeeper)), 0)
+
+
+@contextlib.asynccontextmanager
+async def host_running(config: Config, plan: HostPlan, log: structlog.typing.FilteringBoundLogger) -> AsyncIterator[Host]:
+    """Runs a host as long as the context is open; the engines that it started end with the context, unless they were let go.
+
+    Raises:
+        StartError: it cannot start, or the router refuses it.
+    """
+    folder = host_folder(plan.root, plan.name)
+    async with contextlib.AsyncExitStack() as stack:
+        key, _ = load_or_make_key(folder / "key")
+        stack.enter_context(_only_one(folder, plan.name))
+        identity = _identity(folder, plan, key)
+        prober = Prober(PROBE_PATIENCE_S)
+        stack.push_async_callback(prober.close)
+        parts = _Parts(config, plan, prober, log)
+        keepers = [parts.keeper(spec) for spec in plan.engines]
+        router_key = identity.router_key
+
+        async def remember() -> None:
+            await asyncio.to_thread(write_private, folder / "router", msgspec.json.encode(_Membership(router_key)))
+
+        agent = Agent(*plan.join, identity=identity, keepers=keepers, on_registered=remember, log=log)
+        parts.agent = agent
+        group = await stack.enter_async_context(owned_tasks())
+        task = group.create_task(_held(agent.run()), name="agent")
+        host = Host(agent, keepers, task)
+        try:
+            yield host
+        finally:
+            await agent.stop_engines(config.engine.stop_timeout_s)
+            agent.leave(engines_stay=False)
+
+
+async def _held(work: Coroutine[Any, Any, None]) -> None:
+    """A failure stays in the task until somebody awaits it; the group must not fall over it."""
+    await work
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path, name: str) -> Iterator[None]:
+    """Two agents with one state directory would take each other for a clone.
+
+    Raises:
+        StartError: another one runs.
+    """
+    with os.fdopen(os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StartError(
+                f"another agent runs on this machine under the name {name}: stop it, or give this one another --name"
+            ) from error
+        yield
+
+
+def _identity(folder: Path, plan: HostPlan, key: KeyPair) -> Identity:
+    known = _membership(folder)
+    token = plan.token
+    if token is None and known is None:
+        roles = " ".join(f"--role {role}" for role in plan.roles)
+        raise StartError(
+            f"the host {plan.name} has not joined a cluster yet: make a token on the router's host with `disagg token create {roles}`"
+            " and give it with --token, --token-file or DISAGG_TOKEN"
+        )
+    router_key = token.router_key if token is not None else known.router_key if known is not None else ""
+    return Identity(
+        name=plan.name,
+        roles=plan.roles,
+        key=key,
+        router_key=router_key,
+        token_key=KeyPair(token.public_key, token.secret_key) if token is not None else None,
+        registered=known is not None and known.router_key == router_key,
+        incarnation=_next_incarnation(folder),
+        nonce=secrets.token_hex(8),
+    )
+
+
+def _membership(folder: Path) -> _Membership | None:
+    content = read_private(folder / "router")
+    try:
+        return None if content is None else msgspec.json.decode(content, type=_Membership)
+    except msgspec.DecodeError as error:
+        raise StartError(f"{folder / 'router'} is broken: remove it and join again with a new token") from error
+
+
+def _next_incarnation(folder: Path) -> int:
+    content = read_private(folder / "incarnation") or b"0"
+    if not content.strip().isdigit() or len(content) > 15:
+        raise StartError(f"{folder / 'incarnation'} is broken: it should hold a number; remove the host's folder and join with a new token")
+    number = int(content) + 1
+    write_private(folder / "incarnation", b"%d\n" % number)
+    return number
+
+
+class _Parts:
+    """Makes the keepers of a host."""
+
+    def __init__(self, config: Config, plan: HostPlan, prober: Prober, log: structlog.typing.FilteringBoundLogger) -> None:
+        self.agent: Agent | None = None
+        self._config = config
+        self._plan = plan
+        self._prober = prober
+        self._log = log
+        self._launcher: Launcher = UnitLauncher() if config.engine.supervise == "systemd" else ChildLauncher()
+        self._model, self._model_name = model_of(config)
+
+    def keeper(self, spec: EngineSpec) -> Keeper:
+        section = self._config.engine
+        if section.attach:
+            host, port, bootstrap = parse_attach("--attach", section.attach)
+            address = EngineAddress(spec.id, spec.role, host, port, bootstrap, api_key=os.environ.get(KEY_VARIABLE, ""))
+            return AttachedKeeper(spec.id, spec.role, address, prober=self._prober, on_change=self._changed, log=self._log)
+        limits = Limits(start_limit_s=section.start_timeout_s, stop_limit_s=section.stop_timeout_s, hang_kill_s=section.hang_kill_s)
+        return EngineKeeper(
+            spec.id,
+            spec.role,
+            launch_for=self._launcher_of(spec),
+            launcher=self._launcher,
+            folder=self._plan.root / "engines",
+            life=EngineLife(limits),
+            prober=self._prober,
+            spawn=self._spawn,
+            on_change=self._changed,
+            log=self._log,
+        )
+
+    def _changed(self) -> None:
+        if self.agent is not None:
+            self.agent.changed()
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        assert self.agent is not None
+        self.agent.spawn(work, name)
+
+    def _launcher_of(self, spec: EngineSpec) -> Callable[[Role], EngineLaunch]:
+        return lambda role: self._embedded(spec, role)
+
+    def _embedded(self, spec: EngineSpec, role: Role) -> EngineLaunch:
+        section, plan = self._config.engine, self._plan
+        folder = plan.root / "engines" / spec.id
+        http, bootstrap = spec.ports or (0, 0)
+        argv = [sys.executable, "-m", "disagg.engines.embedded"]
+        argv += ["--model-path", str(self._model), "--served-model-name", self._model_name, "--host", plan.advertise, "--port", str(http)]
+        argv += ["--disaggregation-mode", MODES[role], "--disaggregation-bootstrap-port", str(bootstrap)]
+        argv += ["--page-size", str(section.page_size), "--max-total-tokens", str(section.kv_pool_tokens)]
+        argv += ["--max-running-requests", str(section.max_running_requests), "--chunked-prefill-size", str(section.chunk_tokens)]
+        # The second flag keeps a prefix cache on decode engines, without which they would have none after a flip to prefill.
+        argv += [] if role is Role.UNIFIED else ["--enable-pd-role-switch", "--disaggregation-decode-enable-radix-cache"]
+        argv += [
+            "--ready-file",
+            str(folder / "ready.json"),
+            *(["--exit-with-parent"] if plan.is_child else []),
+            *section.engine_args,
+            *spec.args,
+        ]
+        key = "" if plan.is_child else secrets.token_urlsafe(24)
+        env = {KEY_VARIABLE: key} if key else {}
+        env |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, spec.gpus))} if spec.gpus else {}
+        return EngineLaunch(spec.id, role, tuple(argv), env, folder / "ready.json", folder / "log", key)
+
+
+def model_of(config: Config) -> tuple[Path, str]:
+    """The model's folder and the name under which it is served.
+
+    Raises:
+        StartError: it is no model folder.
+    """
+    if not config.engine.model:
+        return DEMO_MODEL, config.engine.served_name or "demo"
+    folder = Path(config.engine.model)
+    if not (folder / "config.json").is_file():
+        raise StartError(f"the model folder {folder} has no config.json: give a Hugging Face folder with --model")
+    return folder.absolute(), config.engine.served_name or folder.resolve().name
+
+
+# --- disagg serve --role prefill | decode | unified
+
+
+async def serve_host(config: Config, role: Role, token: str, say: Say) -> None:
+    """Runs one host's part of a cluster until a signal.
+
+    Args:
+        config: the sections cluster, engine, engines, security and observe count.
+        role: of its engines, where an entry of ``[[engines]]`` does not say otherwise.
+        token: as it was given with ``--token``; empty for none.
+        say: tells people what happens.
+
+    Raises:
+        ConfigError: a setting does not do for a host.
+        StartError: it cannot start, or the router refuses it.
+    """
+    began = time.monotonic()
+    log = make_logger(config.observe.log_level, config.observe.log_format)
+    stop = Stop(asyncio.get_running_loop(), say)
+    raise_file_limit()
+    plan = make_plan(config, role, token)
+    say(f"disagg {__version__} {role} host {plan.name}, engines at {plan.advertise}, joining {_place(plan.join)}")
+    engines_stay = config.engine.supervise == "systemd"
+    async with host_running(config, plan, log) as host:
+        for keeper in host.keepers:
+            say(f"  {keeper.id}")
+        stop.notifier.ready(f"{len(host.keepers)} engines, joining {_place(plan.join)}")
+        say(f"Started in {time.monotonic() - began:.1f} s; `disagg status` on the router's host says when the engines are ready.")
+        settle_memory()
+        await stop.wait(host.task)
+        if host.task.done():
+            await host.task
+        async with stop.watched():
+            if not engines_stay:
+                await host.agent.drain(config.cluster.drain_timeout_s, stop.urgent)
+                await host.agent.stop_engines(URGENT_STOP_S if stop.urgent.is_set() else config.engine.stop_timeout_s)
+        host.agent.leave(engines_stay=engines_stay)
+        if engines_stay:
+            host.agent.forget_engines()
+
+
+def make_plan(config: Config, role: Role, token: str) -> HostPlan:
+    """What the config means for this machine.
+
+    Raises:
+        ConfigError: a setting does not do for a host.
+        StartError: the address of this machine cannot be found out.
+    """
+    if not config.cluster.join:
+        raise ConfigError(f"a {role} host needs the router's address: give it with --join HOST:PORT, or as cluster.join in the file")
+    if config.engine.attach and config.engines:
+        raise ConfigError("engine.attach is for one engine that runs already, and [[engines]] for engines to start: give one of them")
+    join = parse_join("cluster.join", config.cluster.join)
+    name = config.cluster.name or default_name(socket.gethostname(), role)
+    given = token or _token_in_file(config.security.token_file) or os.environ.get(TOKEN_VARIABLE, "").strip()
+    return HostPlan(
+        name=name,
+        join=join,
+        advertise=config.cluster.advertise or own_address(*join),
+        engines=_specs(config.engines, name, role),
+        root=state_root(config.security.state_dir or None, os.environ),
+        token=Token.decode(given) if given else None,
+    )
+
+
+def _specs(entries: tuple[EngineEntry, ...], name: str, role: Role) -> tuple[EngineSpec, ...]:
+    if not entries:
+        return (EngineSpec(EngineId(name), role),)
+    return tuple(EngineSpec(EngineId(f"{name}-{e.name}"), e.role or role, e.gpus, e.ports, e.engine_args) for e in entries)
+
+
+def _token_in_file(path: str) -> str:
+    """The token of a file; a file that is gone or empty is none, for a host that has joined does not need it any more."""
+    if not path:
+        return ""
+    try:
+        return Path(path).read_text(encoding="ascii", errors="replace").strip()
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise ConfigError(f"the token file {path} cannot be read: {error.strerror}; mend that, or give the token with --token") from error
+
+
+def default_name(hostname: str, role: Role) -> str:
+    """The machine's short name and the role, so that two roles on one machine do not collide."""
+    short = re.sub(r"[^A-Za-z0-9._-]+", "-", hostname.partition(".")[0]).strip("-._")[:48] or "host"
+    return f"{short}-{role}"
+
+
+def own_address(host: str, port: int) -> str:
+    """The local address of the route to the router: what the others can reach. Nothing is sent.
+
+    Raises:
+        StartError: there is no route.
+    """
+    try:
+        (family, _, _, _, target), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)
+            found = str(probe.getsockname()[0])
+    except OSError as error:
+        raise StartError(
+            f"there is no route to the router at {host}: {error.strerror or error}; check --join, or give --advertise"
+        ) from error
+    if found == "127.0.1.1":  # Debian's name for itself, which nobody else can reach
+        raise StartError(
+            "the route to the router leads to 127.0.1.1, which no other host can reach: give this host's address with --advertise"
+        )
+    return found
+
+
+def _place(join: tuple[str, int]) -> str:
+    host, port = join
+    return f"{f'[{host}]' if ':' in host else host}:{port}"

@@ -1,0 +1,111 @@
+"""What every long-running command shares: the loop, the two-stage stop, tasks that somebody owns, what systemd is told."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import resource
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+import structlog
+import uvloop
+
+from disagg.observe.notify import Notifier
+
+Say = Callable[[str], None]
+
+
+def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Runs a coroutine to its end on uvloop."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
+
+
+class Stop:
+    """The two-stage stop: the first signal drains, the second one ends at once."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, say: Say) -> None:
+        self.asked = asyncio.Event()
+        self.urgent = asyncio.Event()
+        self.notifier = Notifier.from_environ(os.environ)
+        self._say = say
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        if not self.asked.is_set():
+            self._say("Stopping: running requests may finish; once more stops at once.")
+            self.notifier.stopping("stopping: running requests may finish")
+            self.asked.set()
+        else:
+            self.urgent.set()
+
+    async def wait(self, *others: asyncio.Task[Any]) -> None:
+        """Waits for the first signal, or for one of these tasks to end, and tells the watchdog meanwhile that the loop turns."""
+        pause_s = self.notifier.watchdog_interval_s
+        while not self.asked.is_set() and not any(task.done() for task in others):
+            self.notifier.watchdog()
+            async with asyncio.TaskGroup() as group:
+                asked = group.create_task(self.asked.wait(), name="wait for a signal")
+                await asyncio.wait({asked, *others}, timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
+                asked.cancel()
+
+    @contextlib.asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Goes on telling the watchdog while the body takes its time."""
+        async with owned_tasks() as group:
+            if self.notifier.watchdog_interval_s is not None:
+                group.create_task(self._bark(self.notifier.watchdog_interval_s), name="watchdog")
+            yield
+
+    async def _bark(self, pause_s: float) -> None:
+        while True:
+            self.notifier.watchdog()
+            await asyncio.sleep(pause_s)
+
+
+@contextlib.asynccontextmanager
+async def owned_tasks() -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group whose tasks end with the context. What the body raises comes out as it is, not in a group."""
+    failure: BaseException | None = None
+    try:
+        async with asyncio.TaskGroup() as group:
+            try:
+                yield group
+            except BaseException as error:  # noqa: BLE001  # raised again below
+                failure = error
+            raise _Over  # noqa: TRY301  # leaving a group with an exception is how its tasks are cancelled
+    except* _Over:
+        pass
+    if failure is not None:
+        raise failure
+
+
+class _Over(Exception):  # noqa: N818  # not an error
+    """The context is over."""
+
+
+async def supervised(work: Coroutine[Any, Any, None], name: str, log: structlog.typing.FilteringBoundLogger) -> None:
+    """One failed background task must not end the process."""
+    try:
+        await work
+    except Exception:
+        log.exception("a background task failed", task=name)
+
+
+def settle_memory() -> None:
+    """What lives now lives as long as the process: the collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
+def raise_file_limit() -> None:
+    """As many files as the system allows: every connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

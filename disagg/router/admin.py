@@ -1,0 +1,207 @@
+"""The admin listener: metrics, what the router knows, and what people order. On loopback unless configured."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from http import HTTPStatus
+from typing import Any, Protocol
+
+import msgspec
+from aiohttp import web
+
+from disagg.errors import DisaggError, OrderError, RequestError
+from disagg.model import ClusterView, Role
+from disagg.observe.metrics import RouterMetrics
+from disagg.router.openai import error_object
+from disagg.router.relay import Relay
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+CAUSE_LIMIT = 200
+
+
+class Orders(Protocol):
+    """What people may order. Every method says in one sentence what happens, or raises DisaggError with the reason."""
+
+    async def drain(self, engine: str, cause: str) -> str:
+        """No new work."""
+
+    async def undrain(self, engine: str, cause: str) -> str:
+        """Work again."""
+
+    def flip(self, engine: str, role: Role, cause: str) -> int:
+        """Another role; returns the number of the change."""
+
+    def restart(self, engine: str, cause: str) -> int:
+        """A new process; returns the number of the change."""
+
+    def change(self, number: int) -> dict[str, Any]:
+        """How a change fares."""
+
+    def story(self, engine: str) -> list[tuple[float, str]]:
+        """What happened to an engine."""
+
+    def hosts(self) -> Sequence[msgspec.Struct]:
+        """Everybody who is registered."""
+
+    async def revoke(self, host: str) -> str:
+        """Shuts a host out."""
+
+
+class _OrderBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    role: Role | None = None
+    cause: str = "it was ordered over the admin listener"
+
+
+def admin_app(*, view: Callable[[], ClusterView], relay: Relay, metrics: RouterMetrics, orders: Orders) -> web.Application:
+    """The aiohttp application."""
+    app = web.Application(middlewares=[_guard], client_max_size=64 * 1024)
+    _Looks(view, relay, metrics, orders).route(app)
+    _Doings(orders).route(app)
+    return app
+
+
+class _Looks:
+    """What changes nothing."""
+
+    def __init__(self, view: Callable[[], ClusterView], relay: Relay, metrics: RouterMetrics, orders: Orders) -> None:
+        self._view = view
+        self._relay = relay
+        self._metrics = metrics
+        self._orders = orders
+
+    def route(self, app: web.Application) -> None:
+        add = app.router.add_get
+        add("/metrics", self._get_metrics)
+        add("/admin/cluster", self._get_cluster)
+        add("/admin/requests", self._get_requests)
+        add("/admin/requests/{id}", self._get_request)
+        add("/admin/engines/{id}", self._get_engine)
+        add("/admin/hosts", self._get_hosts)
+        add("/admin/changes/{number:[0-9]{1,9}}", self._get_change)
+
+    async def _get_metrics(self, _: web.Request) -> web.Response:
+        return web.Response(body=self._metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def _get_cluster(self, _: web.Request) -> web.Response:
+        return _json(cluster_json(self._view()))
+
+    async def _get_requests(self, _: web.Request) -> web.Response:
+        records = reversed(self._relay.records.values())
+        return _json({"requests": [{"id": r.request_id, "route": r.route, "model": r.model, "outcome": r.outcome} for r in records]})
+
+    async def _get_request(self, request: web.Request) -> web.Response:
+        story = self._relay.waterfall(request.match_info["id"])
+        return _error(404, "no such request: the last 1000 are kept") if story is None else _json(story)
+
+    async def _get_engine(self, request: web.Request) -> web.Response:
+        name = request.match_info["id"]
+        story = [{"at_s": round(at, 3), "what": what} for at, what in self._orders.story(name)]
+        row = next(e for e in cluster_json(self._view())["engines"] if e["id"] == name)
+        return _json({**row, "story": story})
+
+    async def _get_hosts(self, _: web.Request) -> web.Response:
+        return _json({"hosts": self._orders.hosts()})
+
+    async def _get_change(self, request: web.Request) -> web.Response:
+        return _json(self._orders.change(int(request.match_info["number"])))
+
+
+class _Doings:
+    """What changes something; each answers with what will happen and why."""
+
+    def __init__(self, orders: Orders) -> None:
+        self._orders = orders
+
+    def route(self, app: web.Application) -> None:
+        add = app.router.add_post
+        for verb in ("drain", "undrain", "flip", "restart"):
+            add(f"/admin/engines/{{id}}/{verb}", getattr(self, f"_{verb}"))
+        add("/admin/hosts/{name}/revoke", self._revoke)
+
+    async def _drain(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        return _json({"will": await self._orders.drain(request.match_info["id"], body.cause), "why": body.cause})
+
+    async def _undrain(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        return _json({"will": await self._orders.undrain(request.match_info["id"], body.cause), "why": body.cause})
+
+    async def _flip(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        if body.role is None:
+            raise RequestError('say which role it shall have: {"role": "prefill"} or {"role": "decode"}', param="role")
+        engine = request.match_info["id"]
+        number = self._orders.flip(engine, body.role, body.cause)
+        will = f"{engine} drains, switches live to {body.role}, answers one canary request and is back in service; else it is started anew"
+        return _json({"will": will, "why": body.cause, "change": number}, status=202)
+
+    async def _restart(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        engine = request.match_info["id"]
+        number = self._orders.restart(engine, body.cause)
+        return _json({"will": f"{engine} drains, its process ends and a new one starts", "why": body.cause, "change": number}, status=202)
+
+    async def _revoke(self, request: web.Request) -> web.Response:
+        return _json({"will": await self._orders.revoke(request.match_info["name"])})
+
+
+async def _body(request: web.Request) -> _OrderBody:
+    text = await request.read()
+    try:
+        body = msgspec.json.decode(text, type=_OrderBody) if text else _OrderBody()
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"the body must be a JSON object with `role` or `cause`: {error}") from error
+    return msgspec.structs.replace(body, cause=body.cause[:CAUSE_LIMIT])
+
+
+@web.middleware
+async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except DisaggError as error:
+        return _error(error.status, str(error))
+    except web.HTTPException as error:
+        return _error(error.status, f"{request.method} {request.path[:200]}: {error.reason}")
+
+
+def _json(content: Any, status: int = 200) -> web.Response:
+    return web.Response(body=msgspec.json.encode(content), status=status, content_type="application/json")
+
+
+def _error(status: int, sentence: str) -> web.Response:
+    kind = "invalid_request_error" if status < 500 else "internal_error"
+    body = msgspec.json.encode(error_object(sentence, kind=kind))
+    return web.Response(status=status, reason=HTTPStatus(status).phrase, body=body, content_type="application/json")
+
+
+def cluster_json(view: ClusterView) -> dict[str, Any]:
+    """The view in the shape of ``GET /admin/cluster``."""
+    engines = [
+        {
+            "id": e.id,
+            "host": e.host or e.address.host,
+            "role": e.address.role.value,
+            "state": e.state.value,
+            "model": e.facts.model,
+            "url": e.address.url if e.address.port else "",
+            "pid": e.address.pid or None,
+            "load": {
+                "running": e.load.running,
+                "waiting": e.load.waiting,
+                "kv_used_tokens": e.load.kv_used_tokens,
+                "kv_total_tokens": e.load.kv_total_tokens,
+            },
+            "reason": f"{e.reason}, but {e.unpaired}" if e.unpaired else e.reason,
+        }
+        for e in view.engines
+    ]
+    joined = [
+        {"id": h.id, "state": h.state.value, "reason": h.reason, "release": h.release, "incarnation": h.incarnation} for h in view.hosts
+    ]
+    given = [{"id": name} for name in sorted({e.address.host for e in view.engines if not e.host})]
+    return {"hosts": joined + given, "engines": engines, "ready": not (why := view.why_not_ready()), "reason": why}
+
+
+def no_control_plane() -> OrderError:
+    """What a router answers to orders that need one."""
+    return OrderError("this router has no control plane: no host can join it", status=409)

@@ -1,0 +1,50 @@
+"""What `disagg status` prints: plain columns, the reason of everything that is not well. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+WELL = frozenset({"ready", "online"})
+
+
+def table(cluster: Mapping[str, Any]) -> str:
+    """Hosts and engines of ``/admin/cluster``."""
+    hosts = [h for h in cluster["hosts"] if "state" in h]
+    engines = cluster["engines"]
+    parts = []
+    if hosts:
+        rows = [(h["id"], h["state"], str(h["incarnation"]), h["release"], _why(h)) for h in hosts]
+        parts.append(_columns(("HOST", "STATE", "START", "RELEASE", ""), rows))
+    if engines:
+        parts.append(_columns(("ENGINE", "HOST", "ROLE", "STATE", "RUN", "WAIT", "KV", "MODEL", "URL", ""), [_row(e) for e in engines]))
+    parts.append("Requests can be served." if cluster.get("ready") else f"No request can be served: {cluster.get('reason', 'unknown')}.")
+    return "\n\n".join(parts)
+
+
+def _row(engine: Mapping[str, Any]) -> tuple[str, ...]:
+    load = engine["load"]
+    total = load["kv_total_tokens"]
+    used = f"{100 * load['kv_used_tokens'] // total} %" if total else "-"
+    counts = (str(load["running"]), str(load["waiting"]), used)
+    return (engine["id"], engine["host"], engine["role"], engine["state"], *counts, engine["model"] or "-", engine["url"], _why(engine))
+
+
+def _why(thing: Mapping[str, Any]) -> str:
+    """The reason where a person needs one."""
+    reason = str(thing["reason"])
+    return "" if thing["state"] in WELL and ", but " not in reason else reason
+
+
+def hosts_table(hosts: Sequence[Mapping[str, Any]]) -> str:
+    """The hosts of ``/admin/hosts``."""
+    if not hosts:
+        return "No host is registered. Make a token with `disagg token create --role prefill`, and join with it."
+    rows = [(h["name"], ",".join(h["roles"]), h["state"], h["key"], _why(h)) for h in hosts]
+    return _columns(("HOST", "ROLES", "STATE", "KEY", ""), rows)
+
+
+def _columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [tuple(head), *(tuple(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
