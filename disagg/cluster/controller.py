@@ -190,8 +190,8 @@ class Controller:
     def _slept(self, lag_s: float, now: float) -> None:
         self._log.warning("the router itself stood still; nobody's silence in that time counts", seconds=round(lag_s, 2))
         self._stalled_at = now
-        for detector in self._detectors.values():
-            detector.handle(Stalled(lag_s), now=now)
+        for detector in list(self._detectors.values()):
+            self._feed(detector, Stalled(lag_s))
 
     def _beat(self, now: float) -> None:
         for detector in list(self._detectors.values()):
@@ -236,7 +236,7 @@ class Controller:
         """The data path was refused a connection: look at that engine at once."""
         detector = self._detectors.get(engine)
         if detector is not None:
-            detector.handle(Troubled(), now=self._loop.time())
+            self._feed(detector, Troubled())
             self._wake.set()
 
     def exited(self, engine: EngineId, code: int | None) -> None:

@@ -72,6 +72,9 @@ class Keeper(Protocol):
     def is_idle(self, since: float) -> bool:
         """It said after this moment that nothing runs on it, or it cannot run anything."""
 
+    async def begin(self) -> None:
+        """Finds what is there, or starts it: after this the reports are true."""
+
     async def run(self) -> None:
         """Keeps it until cancelled."""
 
@@ -254,10 +257,13 @@ class EngineKeeper(_Watched):
 
     # --- life
 
-    async def run(self) -> None:
-        """Adopts what is there or starts it, and keeps it until cancelled."""
+    async def begin(self) -> None:
+        """Adopts what is there or starts it."""
         if not await self._adopt():
             self._feed(StartAsked("its agent started"))
+
+    async def run(self) -> None:
+        """Keeps it until cancelled."""
         poll_at = self._loop.time()
         while True:
             deadline = self._life.next_deadline()
@@ -492,6 +498,9 @@ class AttachedKeeper(_Watched):
         self._address = address
         self._why = "it has not answered yet"
         self._refusals = 0
+
+    async def begin(self) -> None:
+        """Nothing is to be found or started."""
 
     async def run(self) -> None:
         """Watches until cancelled."""

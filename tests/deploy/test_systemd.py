@@ -209,7 +209,8 @@ def test_the_key_may_come_as_a_credential(role: str) -> None:
 
 def test_the_command_of_each_role() -> None:
     site = Site("/opt/my programs/disagg", "/etc/disagg/a $b.toml")
-    assert unit("router", site)["ExecStart"] == ['"/opt/my programs/disagg" serve --role router --config "/etc/disagg/a $$b.toml"']
+    command = '"/opt/my programs/disagg" serve --role router --config "/etc/disagg/a $$b.toml" --key-file %d/disagg-key'
+    assert unit("router", site)["ExecStart"] == [command]
     for role in AGENTS:
         assert f" serve --role {role} --config " in unit(role, site)["ExecStart"][0]
         assert " --supervise systemd " in unit(role, site)["ExecStart"][0]

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import time
+from functools import partial
 from pathlib import Path
 
 import httpx2
@@ -15,6 +16,10 @@ import pytest
 from tests.serve.conftest import Site, is_engine, wait_for
 
 pytestmark = pytest.mark.slow
+
+
+def is_gone(pid: int) -> bool:
+    return not is_engine(pid)
 
 
 def test_a_router_starts_with_no_host_and_says_how_to_join(site: Site) -> None:
@@ -224,7 +229,7 @@ def test_an_engine_that_dies_again_and_again_is_held_until_a_person_asks(site: S
         if found["state"] == "ready" and is_engine(found["pid"]):
             os.kill(found["pid"], signal.SIGKILL)
             deaths += 1
-            wait_for(lambda pid=found["pid"]: not is_engine(pid))
+            wait_for(partial(is_gone, found["pid"]))
         time.sleep(0.05)
     assert deaths == 5
     assert "5 deaths" in site.engine("u")["reason"]
