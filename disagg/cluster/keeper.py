@@ -500,7 +500,9 @@ class AttachedKeeper(_Watched):
         self._refusals = 0
 
     async def begin(self) -> None:
-        """Nothing is to be found or started."""
+        """Looks at it once."""
+        seen = await self._look(self._address, anew=True)
+        self._why = "" if isinstance(seen, Answered) else seen
 
     async def run(self) -> None:
         """Watches until cancelled."""

@@ -649,6 +649,8 @@ class Engine:
 
     def kv_arrived(self, key: str, handed: HandedOver) -> None:
         """The pages are complete."""
+        if self.hung:
+            return  # as with a real engine: a scheduler that hangs takes nothing over, and its counters stand still
         link, job = self._receivers[key], self.scheduler.jobs[key]
         self._count_transfer(link.machine.bytes_received, link.machine.seconds)
         job.cached = handed.cached_tokens

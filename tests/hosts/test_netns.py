@@ -1,0 +1,246 @@
+"""What breaks between and on five hosts, how fast the router notices, what clients see, and that all is well again afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.hosts.conftest import Cluster
+from tests.hosts.net import CONTROL_PORT
+from tests.hosts.rig import HOSTS, Answer, Load
+
+pytestmark = pytest.mark.slow
+
+NO_NEW_WORK_S = 1.0
+DEAD_S = 2.0
+EXIT_S = 0.5
+HANG_S = 5.0
+READY_AGAIN_S = 3.0
+ORPHANS_GONE_S = 5.0
+MARGIN_S = 0.3
+"""For looking every 20 ms, on a machine with two cores and six processes."""
+EVERY_S = 0.15
+
+
+def needs_cuts(cluster: Cluster) -> None:
+    if cluster.rig.network.why_uncut:
+        pytest.skip(cluster.rig.network.why_uncut)
+
+
+async def until(at: float) -> None:
+    await asyncio.sleep(max(0.0, at - time.monotonic()))
+
+
+def flowing_on(answers: list[Answer], engine: str) -> list[Answer]:
+    return [a for a in answers if a.flows and engine in {a.prefill, a.decode}]
+
+
+async def streams_on(load: Load, engine: str) -> list[Answer]:
+    """Waits for streams through an engine that will last for seconds."""
+    await load.until(lambda answers: len(flowing_on(answers, engine)) > 2, f"streams through {engine}")
+    return flowing_on(load.answers, engine)
+
+
+async def test_requests_flow_over_all_hosts(cluster: Cluster) -> None:
+    load = cluster.load()
+    async with load.running(EVERY_S):
+        await load.until(lambda answers: len(answers) == 12, "twelve requests")
+    assert all(cluster.is_whole(a) for a in load.answers)
+    assert {(a.prefill, a.decode) for a in load.answers} >= {("p1", "d1"), ("p2", "d2")}
+    assert {a.attempts for a in load.answers} == {1}
+    await cluster.healed()
+
+
+# --- a host that cannot be reached
+
+
+async def unreachable(cluster: Cluster, victim: str, begin: Callable[[], None], end: Callable[[], None]) -> None:
+    """A host is lost for some seconds under load, and comes back."""
+    load, watch = cluster.load(), cluster.watch
+    async with load.running(EVERY_S):
+        await streams_on(load, victim)
+        at = time.monotonic()
+        begin()
+        try:
+            struck = flowing_on(load.answers, victim)
+            await watch.until(lambda g: g.state(victim) == "dead", f"{victim} is dead", 2 * DEAD_S)
+            await until(at + DEAD_S + 2 * MARGIN_S)
+            load.stop()
+        finally:
+            end()
+        back_at = time.monotonic()
+        await watch.until(lambda g: g.all_ready, f"{victim} is back", READY_AGAIN_S)
+    print(watch.story(victim, at), f"back at {back_at - at:.2f} s")
+    assert watch.first(at, lambda g: g.state(victim) != "ready") <= NO_NEW_WORK_S + MARGIN_S
+    assert watch.first(at, lambda g: g.state(victim) == "dead") <= DEAD_S + MARGIN_S
+    sent = [a for a in await load.attempts() if victim in a.engines]
+    assert max(a.began_at for a in sent) - at <= NO_NEW_WORK_S + MARGIN_S
+    if HOSTS[victim] == "decode":
+        print("attempts end at", [round(a.ended_at - at, 2) for a in sent])
+        assert all(a.ended_at - at <= DEAD_S + MARGIN_S and "lost" in a.error and not a.done for a in struck)
+        assert [a for a in load.answers if a not in struck and not cluster.is_whole(a)] == []
+    else:
+        assert all(cluster.is_whole(a) for a in struck)  # what prefill has handed over is decode's alone
+        sent_then = [a for a in load.answers if 0 < a.sent_at - at < NO_NEW_WORK_S + MARGIN_S]
+        print("failed:", [(a.sent_at - at, a.error) for a in load.answers if not cluster.is_whole(a)])
+        assert [a for a in load.answers if not cluster.is_whole(a) and a not in sent_then] == []
+    await cluster.healed()
+
+
+@pytest.mark.parametrize("victim", ["d1", "p1"])
+async def test_a_link_goes_down_and_comes_up(cluster: Cluster, victim: str) -> None:
+    needs_cuts(cluster)
+    network = cluster.rig.network
+    await unreachable(cluster, victim, lambda: network.unplug(victim), lambda: network.plug(victim))
+
+
+@pytest.mark.parametrize(("source", "target"), [("router", "d2"), ("d2", "router")])
+async def test_one_direction_is_cut(cluster: Cluster, source: str, target: str) -> None:
+    needs_cuts(cluster)
+    network = cluster.rig.network
+    await unreachable(cluster, "d2", lambda: network.cut(source, target), lambda: network.mend(source, target))
+
+
+async def test_a_whole_host_stands_still(cluster: Cluster) -> None:
+    rig = cluster.rig
+    await unreachable(cluster, "d1", lambda: rig.signal_all("d1", signal.SIGSTOP), lambda: rig.signal_all("d1", signal.SIGCONT))
+
+
+# --- a process that ends
+
+
+async def test_streams_do_not_notice_that_an_agent_was_killed(cluster: Cluster) -> None:
+    rig, watch, load = cluster.rig, cluster.watch, cluster.load()
+    engine = rig.record("d1")
+    async with load.running(EVERY_S):
+        struck = await streams_on(load, "d1")
+        at = time.monotonic()
+        rig.kill("d1")
+        await until(at + DEAD_S + 2 * MARGIN_S)  # long enough for the router to ask the engine itself
+        load.stop()
+        assert all(a.flows or a.done for a in struck)
+        started_at = time.monotonic()
+        rig.start_host("d1")
+        await watch.until(lambda g: g.state("d1") == "ready", "d1 is adopted", 2 * READY_AGAIN_S)
+    print(watch.story("d1", at))
+    assert watch.first(started_at, lambda g: g.state("d1") == "ready") <= READY_AGAIN_S
+    assert watch.first(at, lambda g: g.state("d1") == "dead") == float("inf")
+    assert max(a.began_at for a in await load.attempts() if "d1" in a.engines) - at <= NO_NEW_WORK_S + MARGIN_S
+    assert [a for a in load.answers if not cluster.is_whole(a)] == []
+    assert {a.attempts for a in load.answers} == {1}
+    adopted = rig.record("d1")
+    assert (adopted.pid, adopted.start_ticks) == (engine.pid, engine.start_ticks)
+    await cluster.healed()
+
+
+@pytest.mark.parametrize("victim", ["d2", "p2"])
+async def test_an_engine_is_killed(cluster: Cluster, victim: str) -> None:
+    rig, watch, load = cluster.rig, cluster.watch, cluster.load()
+    pid = rig.record(victim).pid
+    async with load.running(EVERY_S):
+        await streams_on(load, victim)
+        at = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        struck = flowing_on(load.answers, victim)
+        await watch.until(lambda g: g.state(victim) == "dead", f"{victim} is dead", 4 * EXIT_S)
+        load.stop()
+        await watch.until(lambda g: g.all_ready, f"{victim} was started again", 10)
+    print(watch.story(victim, at))
+    print("failed:", [(a.sent_at - at, a.error) for a in load.answers if not cluster.is_whole(a)])
+    assert watch.first(at, lambda g: g.state(victim) == "dead") <= EXIT_S + MARGIN_S
+    assert max(a.began_at for a in await load.attempts() if victim in a.engines) - at <= EXIT_S + MARGIN_S
+    if HOSTS[victim] == "decode":
+        assert all(a.ended_at - at <= EXIT_S + MARGIN_S and a.error and not a.done for a in struck)
+    else:
+        assert all(cluster.is_whole(a) for a in struck)
+    assert rig.record(victim).pid != pid
+    await cluster.healed()
+
+
+async def test_the_router_is_killed_under_streams(cluster: Cluster) -> None:
+    rig, watch, load = cluster.rig, cluster.watch, cluster.load()
+    engines = {name: rig.record(name).pid for name in HOSTS}
+    async with load.running(EVERY_S):
+        await streams_on(load, "d1")
+        await streams_on(load, "d2")
+        load.stop()
+        at = time.monotonic()
+        rig.kill("router")
+        started_at = time.monotonic()
+        rig.start_router()
+        await watch.until(lambda g: g.all_ready, "all engines are back", 4 * READY_AGAIN_S)
+        await cluster.free(ORPHANS_GONE_S)
+        free_at = time.monotonic()
+    print(f"ready {watch.first(started_at, lambda g: g.all_ready):.2f} s after the start, free {free_at - at:.2f} s after the kill")
+    assert watch.first(started_at, lambda g: g.all_ready) <= READY_AGAIN_S
+    assert free_at - at <= ORPHANS_GONE_S
+    assert {name: rig.record(name).pid for name in HOSTS} == engines
+    assert all(a.error and not a.done for a in load.answers)
+    await cluster.healed()
+
+
+# --- what answers and does nothing; what is silent and works
+
+
+async def test_an_engine_hangs_while_it_answers(cluster: Cluster) -> None:
+    rig, watch, load = cluster.rig, cluster.watch, cluster.load()
+    pid = rig.record("d1").pid
+    async with load.running(EVERY_S):
+        struck = await streams_on(load, "d1")
+        await rig.set_faults("d1", "hang@token:1,lie-health")
+        await load.until(lambda _: all(time.monotonic() - a.last_at > 0.5 for a in struck), "the streams stand still")
+        at = max(a.last_at for a in struck)
+        print("hang at", time.monotonic()-at, [(a.decode, a.flows, a.done) for a in struck], await rig.engine_loads("d1"))
+        await watch.until(lambda g: g.state("d1") != "ready", "d1 is found out", 2 * HANG_S)
+        await until(at + HANG_S + 3 * MARGIN_S)
+        load.stop()
+        await watch.until(lambda g: g.all_ready, "d1 was started again", 30)
+    print(watch.story("d1", at))
+    sent = [a for a in await load.attempts() if "d1" in a.engines]
+    print("attempts", [(round(a.began_at - at, 2), round(a.ended_at - at, 2)) for a in sent])
+    assert watch.first(at, lambda g: g.state("d1") != "ready") <= HANG_S + MARGIN_S
+    assert rig.record("d1").pid != pid
+    await cluster.healed()
+
+
+async def test_a_control_connection_that_is_reset_again_and_again_ends_no_stream(cluster: Cluster) -> None:
+    rig, watch, load = cluster.rig, cluster.watch, cluster.load()
+    resets = 0
+    async with load.running(EVERY_S):
+        await streams_on(load, "d1")
+        at = time.monotonic()
+        while time.monotonic() < at + 2.5:
+            why = rig.network.reset("d1", CONTROL_PORT)
+            print(why)
+            resets += not why
+            await asyncio.sleep(0.3)
+    print(resets, watch.story("d1", at))
+    assert [a for a in load.answers if not cluster.is_whole(a)] == []
+    assert watch.first(at, lambda g: g.state("d1") == "dead") == float("inf")
+    await cluster.healed()
+
+
+async def test_a_control_port_that_is_cut_off_ends_no_stream(cluster: Cluster) -> None:
+    needs_cuts(cluster)
+    rig, watch, load = cluster.rig, cluster.watch, cluster.load()
+    async with load.running(EVERY_S):
+        struck = await streams_on(load, "d1")
+        at = time.monotonic()
+        rig.network.cut("d1", "router", CONTROL_PORT)
+        try:
+            await until(at + DEAD_S + 2 * MARGIN_S)
+        finally:
+            rig.network.mend("d1", "router", CONTROL_PORT)
+        load.stop()
+        assert all(a.flows or a.done for a in struck)
+        await watch.until(lambda g: g.all_ready, "d1 is back", 2 * READY_AGAIN_S)
+    print(watch.story("d1", at))
+    assert watch.first(at, lambda g: g.state("d1") == "dead") == float("inf")
+    assert watch.first(at, lambda g: g.state("d1") == "suspect") <= NO_NEW_WORK_S + MARGIN_S
+    assert [a for a in load.answers if not cluster.is_whole(a)] == []
+    await cluster.healed()
