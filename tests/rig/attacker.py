@@ -104,7 +104,7 @@ async def sink() -> None:
     """Prints where it listens and its key; takes what comes."""
     key: KeyPair = make_key()
     log = make_logger("error", "json")
-    server = ControlServer("127.0.0.1", 0, key=key, allows=lambda _: True, on_message=lambda *_: None, log=log)
+    server = ControlServer("127.0.0.1", 0, key=key, allows=lambda _: True, log=log)
     say(f"{server.port} {key.public}")
     await asyncio.Event().wait()
 

@@ -254,6 +254,10 @@ class StubKeeper:
         """No new work."""
         self.drained = reason
 
+    def is_idle(self, since: float) -> bool:
+        """Always."""
+        return True
+
     async def stop(self, limit_s: float) -> None:
         """Nothing to end."""
 
