@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import socket
 from collections import Counter
@@ -79,7 +80,7 @@ async def met(peer: ControlClient, heard: list[bytes]) -> None:
 def quietly(lines: list[LogLine]) -> None:
     """Whatever was refused: a line a second, of ordinary length."""
     times = sorted(line.at for line in lines)
-    assert all(b - a > 0.95 for a, b in zip(times, times[1:], strict=False)), lines
+    assert all(b - a > 0.95 for a, b in itertools.pairwise(times)), lines
     assert all(len(str(line)) < 1000 for line in lines)
 
 

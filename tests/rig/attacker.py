@@ -44,7 +44,11 @@ def flood(port: int, rate: float, keys: Keys) -> None:
     """Attempts so many messages per second, evenly; those that find the queue full are attempts all the same."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     dealer = context.socket(zmq.DEALER)
-    dealer.curve_publickey, dealer.curve_secretkey, dealer.curve_serverkey = keys.public.encode(), keys.secret.encode(), keys.router.encode()
+    dealer.curve_publickey, dealer.curve_secretkey, dealer.curve_serverkey = (
+        keys.public.encode(),
+        keys.secret.encode(),
+        keys.router.encode(),
+    )
     dealer.linger = 0
     dealer.connect(f"tcp://127.0.0.1:{port}")
     frame = encode(Heartbeat(1, "nonce of an attacker", 1, 0))

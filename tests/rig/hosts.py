@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx2
 import msgspec
@@ -129,7 +129,7 @@ class RouterProcess:
         if process is not None:
             end(process, number)
 
-    def __enter__(self) -> RouterProcess:
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -164,6 +164,10 @@ class RouterProcess:
         """Its log, from a moment of the wall clock on."""
         found = [line for text in self.log.read_text().splitlines() if (line := _parse(text)) is not None]
         return [line for line in found if line.at >= since]
+
+    def open_files(self) -> int:
+        """Its file descriptors; connections are some."""
+        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
 
     def cpu_s(self) -> dict[str, float]:
         """CPU seconds that it has used since it started, by thread name."""
