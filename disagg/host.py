@@ -93,7 +93,7 @@ class _Membership(msgspec.Struct, frozen=True):
 class Host:
     """A running host. Made by `host_running`."""
 
-    def __init__(self, agent: Agent, keepers: list[Keeper], task: asyncio.Task[None]) -> None:
+    def __init__(self, agent: Agent, keepers: list[Keeper], task: asyncio.Future[None]) -> None:
         self.agent = agent
         self.keepers = keepers
         self.task = task
@@ -128,8 +128,9 @@ async def host_running(config: Config, plan: HostPlan, log: structlog.typing.Fil
         agent = Agent(*plan.join, identity=identity, keepers=keepers, on_registered=remember, log=log)
         parts.agent = agent
         group = await stack.enter_async_context(owned_tasks())
-        task = group.create_task(_held(agent.run()), name="agent")
-        host = Host(agent, keepers, task)
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        group.create_task(_held(agent.run(), ended), name="agent")
+        host = Host(agent, keepers, ended)
         try:
             yield host
         finally:
@@ -137,9 +138,15 @@ async def host_running(config: Config, plan: HostPlan, log: structlog.typing.Fil
             agent.leave(engines_stay=False)
 
 
-async def _held(work: Coroutine[Any, Any, None]) -> None:
-    """A failure stays in the task until somebody awaits it; the group must not fall over it."""
-    await work
+async def _held(work: Coroutine[Any, Any, None], ended: asyncio.Future[None]) -> None:
+    """A failure stays in the future until somebody awaits it; the group of tasks must not fall over it."""
+    try:
+        await work
+    except Exception as error:  # noqa: BLE001  # raised again where the future is awaited
+        ended.set_exception(error)
+        ended.exception()  # whoever leaves for another reason need not look at it
+    else:
+        ended.set_result(None)
 
 
 @contextlib.contextmanager

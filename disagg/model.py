@@ -258,7 +258,7 @@ def _islands(prefill: tuple[EngineView, ...], decode: tuple[EngineView, ...]) ->
 
 
 def _fitting(engine: EngineView, others: tuple[EngineView, ...]) -> tuple[EngineView, ...]:
-    return tuple(o for o in others if not engine.facts.why_not_paired_with(o.facts))
+    return tuple(o for o in others if o.facts == engine.facts or not engine.facts.why_not_paired_with(o.facts))
 
 
 def _lone(pool: Pool, everyone: Sequence[EngineView]) -> Iterable[EngineView]:

@@ -135,6 +135,7 @@ class Controller:
         self._may_join = may_join
         now = self._loop.time()
         self._detectors = {a.id: EngineDetector(a, slot=i, probe_interval_s=probe_interval_s, now=now) for i, a in enumerate(addresses)}
+        self._by_host: dict[HostId, list[EngineDetector]] = {}  # asked for with each heartbeat
         self._slots = len(addresses)
         self._hosts: dict[HostId, HostView] = {}
         self._drained: dict[EngineId, str] = {}
@@ -255,6 +256,7 @@ class Controller:
         self._hosts.pop(host, None)
         for detector in list(self._of(host)):
             self._drop(detector, cause)
+        self._by_host.pop(host, None)
         self._publish()
 
     def reported(self, host: HostId, reports: Iterable[EngineReport]) -> list[str]:
@@ -275,7 +277,7 @@ class Controller:
         return faults
 
     def _of(self, host: HostId) -> list[EngineDetector]:
-        return [d for d in self._detectors.values() if d.view.host == host]
+        return self._by_host.get(host, [])
 
     def _add(self, host: HostId, report: EngineReport) -> EngineDetector:
         address = EngineAddress(report.id, report.role, report.host, report.port, report.bootstrap_port)
@@ -284,10 +286,12 @@ class Controller:
         now = self._loop.time()
         detector = EngineDetector(address, slot=slot, probe_interval_s=self._interval_s, now=now, host=host)
         self._detectors[report.id] = detector
+        self._by_host.setdefault(host, []).append(detector)
         return detector
 
     def _drop(self, detector: EngineDetector, cause: str) -> None:
         del self._detectors[detector.id]
+        self._of(detector.view.host).remove(detector)
         self._drained.pop(detector.id, None)
         self._log.info("engine gone", engine=detector.id, reason=cause)
         if self._data is not None:
