@@ -35,7 +35,9 @@ class Cluster:
 
     async def healed(self, limit_s: float = HEALED_WITHIN_S) -> None:
         """Waits until all is as it was: every engine ready, in use, and free."""
-        await self.watch.until(lambda g: g.all_ready and all(h["state"] == "online" for h in g.hosts.values()), "all engines ready", limit_s)
+        await self.watch.until(
+            lambda g: g.all_ready and all(h["state"] == "online" for h in g.hosts.values()), "all engines ready", limit_s
+        )
         await self._flows()
         await self.free(limit_s)
 

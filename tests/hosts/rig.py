@@ -52,9 +52,17 @@ class Rig:
     def start_host(self, name: str, token: str = "") -> None:
         """`disagg serve --role prefill --join …`; without a token, as systemd starts a host again."""
         join = f"--join={self.network.address('router')}:{CONTROL_PORT}"
-        engine = ["--engine-arg=--paced", f"--engine-arg={PACE}", "--engine-arg=--faults", "--engine-arg=none", f"--hang-kill-s={HANG_KILL_S}"]
+        engine = [
+            "--engine-arg=--paced",
+            f"--engine-arg={PACE}",
+            "--engine-arg=--faults",
+            "--engine-arg=none",
+            f"--hang-kill-s={HANG_KILL_S}",
+        ]
         advertise = [f"--advertise={self.network.address(name)}"] if self.network.why_uncut else []  # on a net of its own it finds that out
-        self._start(name, "serve", f"--role={HOSTS[name]}", f"--name={name}", join, *advertise, *engine, *([f"--token={token}"] if token else []))
+        self._start(
+            name, "serve", f"--role={HOSTS[name]}", f"--name={name}", join, *advertise, *engine, *([f"--token={token}"] if token else [])
+        )
 
     def _start(self, host: str, *words: str) -> None:
         with (self.folder / f"{host}.log").open("ab") as log:
@@ -75,7 +83,11 @@ class Rig:
     def make_token(self, role: str) -> str:
         """`disagg token create`, on the router's host."""
         made = subprocess.run(
-            self._command("router", "token", "create", f"--role={role}"), env=self._env("router"), capture_output=True, check=True, timeout=20
+            self._command("router", "token", "create", f"--role={role}"),
+            env=self._env("router"),
+            capture_output=True,
+            check=True,
+            timeout=20,
         )
         return made.stdout.decode().strip()
 
@@ -119,7 +131,10 @@ class Rig:
 
     def logs(self) -> str:
         """The end of each log."""
-        parts = [f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-60:]) for path in sorted(self.folder.glob("*.log"))]
+        parts = [
+            f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-60:])
+            for path in sorted(self.folder.glob("*.log"))
+        ]
         return "\n".join(parts)
 
     # --- the network's vantage points

@@ -195,7 +195,7 @@ async def test_an_engine_hangs_while_it_answers(cluster: Cluster) -> None:
         await rig.set_faults("d1", "hang@token:1,lie-health")
         await load.until(lambda _: all(time.monotonic() - a.last_at > 0.5 for a in struck), "the streams stand still")
         at = max(a.last_at for a in struck)
-        print("hang at", time.monotonic()-at, [(a.decode, a.flows, a.done) for a in struck], await rig.engine_loads("d1"))
+        print("hang at", time.monotonic() - at, [(a.decode, a.flows, a.done) for a in struck], await rig.engine_loads("d1"))
         await watch.until(lambda g: g.state("d1") != "ready", "d1 is found out", 2 * HANG_S)
         await until(at + HANG_S + 3 * MARGIN_S)
         load.stop()
