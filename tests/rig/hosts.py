@@ -241,10 +241,6 @@ class StubKeeper:
             load=EngineLoad(running=self._counter % 7, kv_used_tokens=self._counter % 4096, kv_total_tokens=16384),
         )
 
-    def is_idle(self, since: float) -> bool:
-        """It computes nothing."""
-        return True
-
     async def begin(self) -> None:
         """Nothing to find."""
 
