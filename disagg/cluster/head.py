@@ -38,7 +38,7 @@ from disagg.cluster.registrar import Registrar
 from disagg.cluster.transport import Complaints
 from disagg.errors import OrderError
 from disagg.model import EngineId, HostId, HostState, HostView, Role
-from disagg.wire.codec import FrameError, encode, to_router
+from disagg.wire.codec import FrameError, UnknownKindError, encode, to_router
 from disagg.wire.messages import Ack, Answer, Goodbye, Heartbeat, Hello, Message, Order, Refused, Register, ToRouter, Welcome
 
 ORDER_LIMIT_S = {"switch": 70.0, "restart": 10.0, "drain": 3.0, "undrain": 3.0}
@@ -103,13 +103,17 @@ class Head:
 
     # --- frames in
 
-    def hear(self, session: bytes, key: str, frame: bytes) -> None:
-        """A frame came over a connection that this key was authenticated for. Never raises for what a peer sends."""
+    def hear(self, session: bytes, key: str, frame: bytes) -> bool:
+        """A frame came over a connection that this key was authenticated for. Never raises for what a peer sends.
+
+        Returns:
+            False for a frame that makes no sense. One of a kind that only a newer release knows is none of these.
+        """
         try:
             message = to_router.decode(frame)
         except FrameError as error:
             self._unreadable(session, error)
-            return
+            return isinstance(error, UnknownKindError)
         self.messages[type(message).__name__.lower()] += 1
         host = self._registrar.host_of(key)
         if isinstance(message, Register):
@@ -119,6 +123,7 @@ class Head:
             self._send(session, Refused("this host's key is not registered: it was revoked; join again with a new token", final=True))
         else:
             self._from_host(host, session, message)
+        return True
 
     def _unreadable(self, session: bytes, error: FrameError) -> None:
         self.messages[error.why] += 1

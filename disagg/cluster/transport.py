@@ -35,13 +35,15 @@ BATCH = 32
 DRAIN_RATE = 3200.0
 PEER_RATE = 100.0
 PEER_BURST = 200.0
+NONSENSE_COST = 10.0
+"""A frame that makes no sense counts as so many: to find that out may take milliseconds, and no honest host sends any."""
 FLOOD_PENALTY_S = 10.0
 KEYS_REMEMBERED = 4096
 ZAP_DOMAIN = b"disagg"
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 
-OnMessage = Callable[[bytes, str, bytes], None]
-"""Session, the peer's public key, frame."""
+OnMessage = Callable[[bytes, str, bytes], bool]
+"""Session, the peer's public key, frame; says whether the frame made sense."""
 
 
 class _Readable:
@@ -117,6 +119,10 @@ class Bucket:
         self._burst = burst
         self._left = burst
         self._at = now
+
+    def waste(self, cost: float) -> None:
+        """Takes so many at once, and may leave a debt."""
+        self._left -= cost
 
     def take(self, now: float) -> bool:
         """True when there was one left."""
@@ -245,7 +251,8 @@ class ControlServer:
         key = _key_of(frames[-1])
         if self._listens_to(key):
             if len(frames) == 2 and self.on_message is not None:
-                self.on_message(frames[0].bytes, key, frames[1].bytes)
+                if not self.on_message(frames[0].bytes, key, frames[1].bytes):
+                    self._buckets[key].waste(NONSENSE_COST)
             elif len(frames) != 2:
                 self.complaints.add("garbage", "a message did not come as one frame")
         return True
