@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -62,7 +63,7 @@ class Cluster:
             load: dict[str, Any] = {}
             try:
                 async with asyncio.timeout(limit_s):
-                    while not _holds_nothing(load := await self.rig.engine_loads(host)):
+                    while not _holds_nothing(load := await self.rig.engine_loads(host)):  # noqa: ASYNC110  HTTP has no event
                         await asyncio.sleep(0.05)
             except TimeoutError:
                 raise AssertionError(f"the engine of {host} still holds something after {limit_s:g} s: {load}") from None
@@ -99,7 +100,7 @@ def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
         with running_rig(Path(folder)) as made:
             yield made
         if request.session.testsfailed:
-            print(made.logs())
+            sys.stdout.write(made.logs())
         assert made.engine_pids() == []
 
 
@@ -107,5 +108,10 @@ def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
 async def cluster(rig: Rig, bodies: list[dict[str, Any]], texts: list[str]) -> AsyncIterator[Cluster]:
     async with Watch(rig).running() as watch:
         made = Cluster(rig, watch, bodies, texts)
-        await watch.until(lambda g: g.all_ready, "all engines ready", START_LIMIT_S)
+        assert not rig.broken, f"an earlier test left the cluster broken: {rig.broken}"
+        try:
+            await watch.until(lambda g: g.all_ready, "all engines ready", START_LIMIT_S)
+        except AssertionError as error:
+            rig.broken = str(error)
+            raise
         yield made

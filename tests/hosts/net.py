@@ -186,14 +186,16 @@ class Loopback:
 def open_network(hosts: Sequence[str]) -> Iterator[Network]:
     """A network of these hosts, gone with everything in it at the end."""
     with ExitStack() as stack:
-        network: Network
-        try:
-            if os.environ.get(FORCE_LOOPBACK):
-                raise RuntimeError(f"{FORCE_LOOPBACK} is set")
-            network = stack.enter_context(Namespaces.opened(hosts))
-        except (RuntimeError, FileNotFoundError) as error:
-            network = Loopback(hosts, str(error))
-        yield network
+        yield _make_network(stack, hosts)
+
+
+def _make_network(stack: ExitStack, hosts: Sequence[str]) -> Network:
+    if os.environ.get(FORCE_LOOPBACK):
+        return Loopback(hosts, f"{FORCE_LOOPBACK} is set")
+    try:
+        return stack.enter_context(Namespaces.opened(hosts))
+    except (RuntimeError, OSError) as error:
+        return Loopback(hosts, str(error))
 
 
 def _ip(*arguments: str) -> None:

@@ -37,6 +37,7 @@ class Rig:
     def __init__(self, network: Network, folder: Path) -> None:
         self.network = network
         self.folder = folder
+        self.broken = ""
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.url = f"http://{network.router_address}:{HTTP_PORT}"
         self.admin = f"http://{network.router_address}:{ADMIN_PORT}"
@@ -107,7 +108,7 @@ class Rig:
 
     def stop(self) -> None:
         """Ends everything, whatever state it is in."""
-        for name, process in sorted(self.processes.items(), key=lambda item: item[0] == "router"):
+        for process in self.processes.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGCONT)  # a stopped process does not hear SIGTERM
                 process.terminate()
@@ -345,7 +346,7 @@ class Load:
         """Waits until this is true of the answers."""
         try:
             async with asyncio.timeout(limit_s):
-                while not is_so(self.answers):
+                while not is_so(self.answers):  # noqa: ASYNC110  many streams write there
                     await asyncio.sleep(0.005)
         except TimeoutError:
             raise AssertionError(f"not within {limit_s:g} s: {what}") from None

@@ -19,9 +19,13 @@ pytestmark = pytest.mark.slow
 NO_NEW_WORK_S = 1.0
 DEAD_S = 2.0
 EXIT_S = 0.5
+CONNECT_S = 2.0
+"""How long the router waits for a connection, `router.connect_timeout_s`."""
 HANG_S = 5.0
 READY_AGAIN_S = 3.0
 ORPHANS_GONE_S = 5.0
+NOTICED_S = 0.75
+"""A counter that stands still is first seen as such by the agent's next look, then in its next heartbeat, and judged with a later one."""
 MARGIN_S = 0.3
 """For looking every 20 ms, on a machine with two cores and six processes."""
 EVERY_S = 0.15
@@ -51,7 +55,7 @@ async def test_requests_flow_over_all_hosts(cluster: Cluster) -> None:
     async with load.running(EVERY_S):
         await load.until(lambda answers: len(answers) == 12, "twelve requests")
     assert all(cluster.is_whole(a) for a in load.answers)
-    assert {(a.prefill, a.decode) for a in load.answers} >= {("p1", "d1"), ("p2", "d2")}
+    assert {a.prefill for a in load.answers} | {a.decode for a in load.answers} == set(HOSTS)
     assert {a.attempts for a in load.answers} == {1}
     await cluster.healed()
 
@@ -73,22 +77,19 @@ async def unreachable(cluster: Cluster, victim: str, begin: Callable[[], None], 
             load.stop()
         finally:
             end()
-        back_at = time.monotonic()
         await watch.until(lambda g: g.all_ready, f"{victim} is back", READY_AGAIN_S)
-    print(watch.story(victim, at), f"back at {back_at - at:.2f} s")
     assert watch.first(at, lambda g: g.state(victim) != "ready") <= NO_NEW_WORK_S + MARGIN_S
     assert watch.first(at, lambda g: g.state(victim) == "dead") <= DEAD_S + MARGIN_S
     sent = [a for a in await load.attempts() if victim in a.engines]
     assert max(a.began_at for a in sent) - at <= NO_NEW_WORK_S + MARGIN_S
+    assert max(a.ended_at for a in sent if a.began_at > at) - at <= NO_NEW_WORK_S + CONNECT_S + MARGIN_S
     if HOSTS[victim] == "decode":
-        print("attempts end at", [round(a.ended_at - at, 2) for a in sent])
         assert all(a.ended_at - at <= DEAD_S + MARGIN_S and "lost" in a.error and not a.done for a in struck)
         assert [a for a in load.answers if a not in struck and not cluster.is_whole(a)] == []
     else:
         assert all(cluster.is_whole(a) for a in struck)  # what prefill has handed over is decode's alone
-        sent_then = [a for a in load.answers if 0 < a.sent_at - at < NO_NEW_WORK_S + MARGIN_S]
-        print("failed:", [(a.sent_at - at, a.error) for a in load.answers if not cluster.is_whole(a)])
-        assert [a for a in load.answers if not cluster.is_whole(a) and a not in sent_then] == []
+        failed = [a for a in load.answers if not cluster.is_whole(a)]
+        assert all(0 < a.sent_at - at < NO_NEW_WORK_S + MARGIN_S and "KV transfer failed" in a.error for a in failed)
     await cluster.healed()
 
 
@@ -127,7 +128,6 @@ async def test_streams_do_not_notice_that_an_agent_was_killed(cluster: Cluster) 
         started_at = time.monotonic()
         rig.start_host("d1")
         await watch.until(lambda g: g.state("d1") == "ready", "d1 is adopted", 2 * READY_AGAIN_S)
-    print(watch.story("d1", at))
     assert watch.first(started_at, lambda g: g.state("d1") == "ready") <= READY_AGAIN_S
     assert watch.first(at, lambda g: g.state("d1") == "dead") == float("inf")
     assert max(a.began_at for a in await load.attempts() if "d1" in a.engines) - at <= NO_NEW_WORK_S + MARGIN_S
@@ -150,8 +150,6 @@ async def test_an_engine_is_killed(cluster: Cluster, victim: str) -> None:
         await watch.until(lambda g: g.state(victim) == "dead", f"{victim} is dead", 4 * EXIT_S)
         load.stop()
         await watch.until(lambda g: g.all_ready, f"{victim} was started again", 10)
-    print(watch.story(victim, at))
-    print("failed:", [(a.sent_at - at, a.error) for a in load.answers if not cluster.is_whole(a)])
     assert watch.first(at, lambda g: g.state(victim) == "dead") <= EXIT_S + MARGIN_S
     assert max(a.began_at for a in await load.attempts() if victim in a.engines) - at <= EXIT_S + MARGIN_S
     if HOSTS[victim] == "decode":
@@ -176,7 +174,6 @@ async def test_the_router_is_killed_under_streams(cluster: Cluster) -> None:
         await watch.until(lambda g: g.all_ready, "all engines are back", 4 * READY_AGAIN_S)
         await cluster.free(ORPHANS_GONE_S)
         free_at = time.monotonic()
-    print(f"ready {watch.first(started_at, lambda g: g.all_ready):.2f} s after the start, free {free_at - at:.2f} s after the kill")
     assert watch.first(started_at, lambda g: g.all_ready) <= READY_AGAIN_S
     assert free_at - at <= ORPHANS_GONE_S
     assert {name: rig.record(name).pid for name in HOSTS} == engines
@@ -187,39 +184,44 @@ async def test_the_router_is_killed_under_streams(cluster: Cluster) -> None:
 # --- what answers and does nothing; what is silent and works
 
 
-async def test_an_engine_hangs_while_it_answers(cluster: Cluster) -> None:
+@pytest.mark.parametrize(("victim", "fault"), [("d1", "hang@token:1"), ("p1", "hang@prefill:1%")])
+async def test_an_engine_hangs_while_it_answers(cluster: Cluster, victim: str, fault: str) -> None:
     rig, watch, load = cluster.rig, cluster.watch, cluster.load()
-    pid = rig.record("d1").pid
+    pid = rig.record(victim).pid
     async with load.running(EVERY_S):
-        struck = await streams_on(load, "d1")
-        await rig.set_faults("d1", "hang@token:1,lie-health")
-        await load.until(lambda _: all(time.monotonic() - a.last_at > 0.5 for a in struck), "the streams stand still")
-        at = max(a.last_at for a in struck)
-        print("hang at", time.monotonic() - at, [(a.decode, a.flows, a.done) for a in struck], await rig.engine_loads("d1"))
-        await watch.until(lambda g: g.state("d1") != "ready", "d1 is found out", 2 * HANG_S)
-        await until(at + HANG_S + 3 * MARGIN_S)
+        struck = await streams_on(load, victim)
+        await rig.set_faults(victim, fault)
+        at = time.monotonic()
+        await watch.until(lambda g: g.state(victim) != "ready", f"{victim} is found out", 2 * HANG_S)
+        await until(at + HANG_S + 2 * NOTICED_S)
         load.stop()
-        await watch.until(lambda g: g.all_ready, "d1 was started again", 30)
-    print(watch.story("d1", at))
-    sent = [a for a in await load.attempts() if "d1" in a.engines]
-    print("attempts", [(round(a.began_at - at, 2), round(a.ended_at - at, 2)) for a in sent])
-    assert watch.first(at, lambda g: g.state("d1") != "ready") <= HANG_S + MARGIN_S
-    assert rig.record("d1").pid != pid
+        await watch.until(lambda g: g.all_ready, f"{victim} was started again", 30)
+    sent = [a for a in await load.attempts() if victim in a.engines]
+    if HOSTS[victim] == "prefill":
+        at = min(a.began_at for a in sent if a.ended_at - a.began_at > HANG_S)  # it hangs at the next prompt
+    assert watch.first(at, lambda g: g.state(victim) != "ready") <= HANG_S + NOTICED_S + MARGIN_S
+    assert max(a.began_at for a in sent) - at <= HANG_S + NOTICED_S + MARGIN_S
+    assert max(a.ended_at for a in sent) - at <= HANG_S + NOTICED_S + MARGIN_S
+    if HOSTS[victim] == "decode":
+        assert [a for a in load.answers if a not in struck and not cluster.is_whole(a)] == []
+    else:
+        assert [a for a in load.answers if not cluster.is_whole(a)] == []
+    assert rig.record(victim).pid != pid
     await cluster.healed()
 
 
 async def test_a_control_connection_that_is_reset_again_and_again_ends_no_stream(cluster: Cluster) -> None:
     rig, watch, load = cluster.rig, cluster.watch, cluster.load()
-    resets = 0
+    resets, why = 0, ""
     async with load.running(EVERY_S):
         await streams_on(load, "d1")
         at = time.monotonic()
         while time.monotonic() < at + 2.5:
             why = rig.network.reset("d1", CONTROL_PORT)
-            print(why)
             resets += not why
             await asyncio.sleep(0.3)
-    print(resets, watch.story("d1", at))
+    if not resets:
+        pytest.skip(why)
     assert [a for a in load.answers if not cluster.is_whole(a)] == []
     assert watch.first(at, lambda g: g.state("d1") == "dead") == float("inf")
     await cluster.healed()
@@ -239,7 +241,6 @@ async def test_a_control_port_that_is_cut_off_ends_no_stream(cluster: Cluster) -
         load.stop()
         assert all(a.flows or a.done for a in struck)
         await watch.until(lambda g: g.all_ready, "d1 is back", 2 * READY_AGAIN_S)
-    print(watch.story("d1", at))
     assert watch.first(at, lambda g: g.state("d1") == "dead") == float("inf")
     assert watch.first(at, lambda g: g.state("d1") == "suspect") <= NO_NEW_WORK_S + MARGIN_S
     assert [a for a in load.answers if not cluster.is_whole(a)] == []
