@@ -155,7 +155,7 @@ async def test_a_key_that_nobody_registered_gets_no_message_through(scene: Scene
     assert denied
     assert not heard
     lines = scene.router.lines(since)
-    assert {"unknown_key"} <= lines[0].fields.keys()
+    assert any("unknown_key" in line.fields for line in lines)
     quietly(lines)
 
 
