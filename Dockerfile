@@ -19,7 +19,7 @@ RUN python3 -m venv /opt/disagg \
     && useradd --system --create-home disagg
 USER disagg
 WORKDIR /home/disagg
-EXPOSE 8000 8001
+EXPOSE 7400 8000 8001
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["disagg"]
 CMD ["up", "--http", "0.0.0.0:8000"]

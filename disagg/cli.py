@@ -274,13 +274,16 @@ def token_create(
 
     state_root = state.state_root(state_dir, os.environ)
     path = state.router_key_path(state_root)
-    key, made = keys.load_or_make_key(path)
-    if made:
-        print(f"Made the router's key, {path}: the router must run with this state directory.", file=sys.stderr)
+    router_key = keys.load_published_key(state.router_public_path(state_root))  # of a router whose key is kept elsewhere
+    if router_key is None:
+        key, made = keys.load_or_make_key(path)
+        router_key = key.public
+        if made:
+            print(f"Made the router's key, {path}: the router must run with this state directory.", file=sys.stderr)
     store = token.TokenStore(state.router_tokens_path(state_root))
     now_wall = time.clock_gettime(time.CLOCK_REALTIME)  # when a token expires is a matter of the calendar
     store.sweep(now_wall)
-    created = store.create(role, ttl_s, now_wall=now_wall, router_key=key.public)
+    created = store.create(role, ttl_s, now_wall=now_wall, router_key=router_key)
     words = " or ".join(created.roles)
     print(f"One host may join with this token, once, within {ttl}, as {words}. Keep it secret until then.", file=sys.stderr, flush=True)
     _say(created.encode())

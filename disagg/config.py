@@ -38,7 +38,7 @@ class ClusterSection(msgspec.Struct, frozen=True):
     advertise: Annotated[
         str, _doc("The address at which other hosts reach this one's engines; empty means that of the route to the router.")
     ] = ""
-    heartbeat_interval_s: Annotated[float, _doc("How often hosts report; the router tells them.", ge=0.05, le=0.45)] = 0.25
+    heartbeat_interval_s: Annotated[float, _doc("How often hosts report; the router tells them.", ge=0.05, le=0.4)] = 0.25
     drain_timeout_s: Annotated[_Seconds, _doc("After SIGTERM, or before a flip: how long running requests may take to finish.")] = 30.0
 
 
@@ -108,6 +108,9 @@ class SecuritySection(msgspec.Struct, frozen=True):
     """Keys and tokens."""
 
     state_dir: Annotated[str, _doc("Where keys, tokens and registrations are kept; empty means DISAGG_STATE_DIR or the usual place.")] = ""
+    key_file: Annotated[
+        str, _doc("A file that holds this router's or host's key pair; without it, or with an empty one, that of the state directory.")
+    ] = ""
     token_file: Annotated[str, _doc("A file that holds the token to join with; an empty one, or one that is gone, is no token.")] = ""
 
 

@@ -30,8 +30,8 @@ from disagg.errors import ConfigError, StartError
 from disagg.life import Say, Stop, owned_tasks, raise_file_limit, run, settle_memory
 from disagg.model import EngineAddress, EngineId, Role
 from disagg.observe.log import make_logger
-from disagg.security.keys import KeyPair, load_or_make_key
-from disagg.security.state import host_folder, read_private, state_root, write_private
+from disagg.security.keys import KeyPair, load_given_key, load_or_make_key
+from disagg.security.state import create_private, host_folder, read_private, state_root, write_private
 from disagg.security.token import Token
 
 __all__ = ["EngineSpec", "Host", "HostPlan", "host_running", "make_plan", "model_of", "run", "serve_host"]
@@ -93,7 +93,7 @@ class _Membership(msgspec.Struct, frozen=True):
 class Host:
     """A running host. Made by `host_running`."""
 
-    def __init__(self, agent: Agent, keepers: list[Keeper], task: asyncio.Task[None]) -> None:
+    def __init__(self, agent: Agent, keepers: list[Keeper], task: asyncio.Future[None]) -> None:
         self.agent = agent
         self.keepers = keepers
         self.task = task
@@ -112,7 +112,8 @@ async def host_running(config: Config, plan: HostPlan, log: structlog.typing.Fil
     """
     folder = host_folder(plan.root, plan.name)
     async with contextlib.AsyncExitStack() as stack:
-        key, _ = load_or_make_key(folder / "key")
+        given = load_given_key(Path(config.security.key_file), os.environ) if config.security.key_file else None
+        key = given or load_or_make_key(folder / "key")[0]
         stack.enter_context(_only_one(folder, plan.name))
         identity = _identity(folder, plan, key)
         prober = Prober(PROBE_PATIENCE_S)
@@ -127,8 +128,9 @@ async def host_running(config: Config, plan: HostPlan, log: structlog.typing.Fil
         agent = Agent(*plan.join, identity=identity, keepers=keepers, on_registered=remember, log=log)
         parts.agent = agent
         group = await stack.enter_async_context(owned_tasks())
-        task = group.create_task(_held(agent.run()), name="agent")
-        host = Host(agent, keepers, task)
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        group.create_task(_held(agent.run(), ended), name="agent")
+        host = Host(agent, keepers, ended)
         try:
             yield host
         finally:
@@ -136,9 +138,15 @@ async def host_running(config: Config, plan: HostPlan, log: structlog.typing.Fil
             agent.leave(engines_stay=False)
 
 
-async def _held(work: Coroutine[Any, Any, None]) -> None:
-    """A failure stays in the task until somebody awaits it; the group must not fall over it."""
-    await work
+async def _held(work: Coroutine[Any, Any, None], ended: asyncio.Future[None]) -> None:
+    """A failure stays in the future until somebody awaits it; the group of tasks must not fall over it."""
+    try:
+        await work
+    except Exception as error:  # noqa: BLE001  # raised again where the future is awaited
+        ended.set_exception(error)
+        ended.exception()  # whoever leaves for another reason need not look at it
+    else:
+        ended.set_result(None)
 
 
 @contextlib.contextmanager
@@ -148,7 +156,8 @@ def _only_one(folder: Path, name: str) -> Iterator[None]:
     Raises:
         StartError: another one runs.
     """
-    with os.fdopen(os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) as lock:
+    create_private(folder / "lock", b"")  # once: the lock hangs on the file and not on its name
+    with (folder / "lock").open("rb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

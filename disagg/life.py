@@ -44,7 +44,7 @@ class Stop:
         else:
             self.urgent.set()
 
-    async def wait(self, *others: asyncio.Task[Any]) -> None:
+    async def wait(self, *others: asyncio.Future[Any]) -> None:
         """Waits for the first signal, or for one of these tasks to end, and tells the watchdog meanwhile that the loop turns."""
         pause_s = self.notifier.watchdog_interval_s
         while not self.asked.is_set() and not any(task.done() for task in others):

@@ -220,7 +220,7 @@ class ClusterView(msgspec.Struct, frozen=True):
         ready = [e for e in engines if e.state is EngineState.READY]
         models = sorted({e.facts.model for e in ready})
         pools = {m: _pool([e for e in ready if e.facts.model == m]) for m in models}
-        lone = {e.id: e for pool in pools.values() for e in _lone(pool, ready)}
+        lone = {e.id: e for pool in pools.values() if pool.islands or not pool.can_pair for e in _lone(pool, engines)}
         if lone:
             engines = tuple(lone.get(e.id, e) for e in engines)
         return cls(engines, pools, tuple(hosts), may_join)
@@ -258,18 +258,25 @@ def _islands(prefill: tuple[EngineView, ...], decode: tuple[EngineView, ...]) ->
 
 
 def _fitting(engine: EngineView, others: tuple[EngineView, ...]) -> tuple[EngineView, ...]:
-    return tuple(o for o in others if not engine.facts.why_not_paired_with(o.facts))
+    return tuple(o for o in others if o.facts == engine.facts or not engine.facts.why_not_paired_with(o.facts))
 
 
-def _lone(pool: Pool, ready: Sequence[EngineView]) -> Iterable[EngineView]:
-    """The engines that no ready engine of the other role can be paired with, with the reason."""
+def _lone(pool: Pool, everyone: Sequence[EngineView]) -> Iterable[EngineView]:
+    """The ready engines that no ready engine of the other role can be paired with, with the reason."""
     for engines, fellows, role in ((pool.prefill, pool.decode, Role.DECODE), (pool.decode, pool.prefill, Role.PREFILL)):
-        if not pool.islands and fellows:
-            continue
-        others = fellows or tuple(e for e in ready if e.address.role is role)
+        others = fellows or _strangers(engines, role, everyone)
         for engine in engines:
             if others and not _fitting(engine, fellows):
                 yield msgspec.structs.replace(engine, unpaired=f"is never paired with {others[0].id}: {_difference(engine, others[0])}")
+
+
+def _strangers(engines: tuple[EngineView, ...], role: Role, everyone: Sequence[EngineView]) -> tuple[EngineView, ...]:
+    """The ready engines of a role, if all of that role are known to serve another model: none can become a partner by getting well."""
+    of_role = tuple(e for e in everyone if e.address.role is role)
+    models = {e.facts.model for e in of_role}
+    if not engines or "" in models or engines[0].facts.model in models:
+        return ()
+    return tuple(e for e in of_role if e.state is EngineState.READY)
 
 
 def _difference(engine: EngineView, other: EngineView) -> str:

@@ -34,8 +34,8 @@ from disagg.observe.metrics import RouterMetrics
 from disagg.router.admin import admin_app, no_control_plane
 from disagg.router.app import PublicListener
 from disagg.router.relay import Relay
-from disagg.security.keys import load_key, load_or_make_key
-from disagg.security.state import router_key_path, router_tokens_path, state_root
+from disagg.security.keys import KeyPair, load_given_key, load_key, load_or_make_key, publish_key
+from disagg.security.state import router_key_path, router_public_path, router_tokens_path, state_root
 from disagg.security.token import Token, TokenStore
 
 __all__ = ["Router", "router_running", "run", "run_up", "serve_router"]
@@ -168,10 +168,7 @@ def _control_plane(
 ) -> tuple[Head | None, ControlServer | None]:
     if root is None:
         return None, None
-    path = router_key_path(root)
-    key, made = load_or_make_key(path)
-    if made:
-        say(f"made the router's key, {path}")
+    key = _router_key(config, root, say)
     registrar = Registrar(root, wall=wall, log=log)
     host, port = parse_listen("router.control", config.router.control)
     try:
@@ -195,6 +192,19 @@ def _control_plane(
     control.on_message = head.hear
     controller.on_beat = head.beat
     return head, control
+
+
+def _router_key(config: Config, root: Path, say: Say) -> KeyPair:
+    if config.security.key_file:
+        given = load_given_key(Path(config.security.key_file), os.environ)
+        if given is not None:
+            publish_key(router_public_path(root), given)
+            return given
+    path = router_key_path(root)
+    key, made = load_or_make_key(path)
+    if made:
+        say(f"made the router's key, {path}")
+    return key
 
 
 class Orders:

@@ -6,12 +6,14 @@ import random
 from collections.abc import Iterable
 
 import pytest
+from msgspec.structs import replace
 
 from disagg.errors import NoCapacityError, UnknownModelError
-from disagg.model import ClusterView, EngineAddress, EngineFacts, EngineId, EngineState, EngineView, Pool, Role
+from disagg.model import ClusterView, EngineAddress, EngineFacts, EngineId, EngineState, EngineView, HostId, HostState, HostView, Pool, Role
 from disagg.policy.route import InFlight, choose, pool_of
 
 P, D, U = Role.PREFILL, Role.DECODE, Role.UNIFIED
+S = EngineState
 
 
 def view(*engines: tuple[Role, str], down: Iterable[int] = ()) -> ClusterView:
@@ -99,6 +101,162 @@ def test_a_long_name_is_cut_in_the_sentence() -> None:
     with pytest.raises(UnknownModelError) as caught:
         pool_of(view((U, "a")), "x" * 5000)
     assert len(str(caught.value)) < 200
+
+
+# --- what is missing
+
+
+def states(*parts: tuple[Role, EngineState, str]) -> ClusterView:
+    return ClusterView.of(
+        EngineView(EngineAddress(EngineId(f"{role}-{slot}"), role, "h", 1), slot, state, EngineFacts(model=model))
+        for slot, (role, state, model) in enumerate(parts)
+    )
+
+
+@pytest.mark.parametrize(
+    ("parts", "why"),
+    [
+        ([], "no engine is configured"),
+        ([(P, S.READY, "a"), (D, S.READY, "a")], ""),
+        ([(U, S.READY, "a")], ""),
+        ([(P, S.READY, "a"), (D, S.READY, "b")], "prefill-0 is never paired with decode-1: they serve different models, a and b"),
+        ([(P, S.READY, "a"), (D, S.DEAD, "a")], "no ready decode engine (prefill-0 ready, decode-1 dead)"),
+        ([(P, S.SUSPECT, "a"), (D, S.READY, "a")], "no ready prefill engine"),
+        ([(U, S.STARTING, "")], "no ready prefill and no ready decode engine (unified-0 starting)"),
+    ],
+)
+def test_the_view_says_what_is_missing(parts: list[tuple[Role, EngineState, str]], why: str) -> None:
+    sentence = states(*parts).why_not_ready()
+    assert why in sentence
+    assert bool(sentence) is bool(why)
+
+
+def test_a_router_that_hosts_may_join_says_that_it_waits_for_them() -> None:
+    assert "no host has joined yet" in ClusterView.of((), may_join=True).why_not_ready()
+    hosts = (HostView(HostId("box-1"), HostState.ONLINE), HostView(HostId("box-2"), HostState.LEFT))
+    waiting = ClusterView.of((), hosts, may_join=True).why_not_ready()
+    assert waiting == "no engine is there: the hosts that have joined (box-1, box-2) report none"
+
+
+# --- which of them may be paired
+
+WHOLE = EngineFacts("m", "a" * 64, 64, 8192, 1024, "0.5.3", "bfloat16", 2)
+OTHERS: dict[str, tuple[EngineFacts, str]] = {
+    "model hash": (replace(WHOLE, model_hash="b" * 64), "model hash aaaaaaaaaaaa against bbbbbbbbbbbb"),
+    "page size": (replace(WHOLE, page_size=16), "page size 64 against 16"),
+    "dtype": (replace(WHOLE, dtype="fp8_e5m2"), "KV precision bfloat16 against fp8_e5m2"),
+    "tp": (replace(WHOLE, tp_size=4), "tensor parallelism 2 against 4"),
+    "version": (replace(WHOLE, version="0.6.0"), "engine version 0.5 against 0.6"),
+}
+
+
+def engines(*kinds: tuple[Role, EngineFacts]) -> ClusterView:
+    return ClusterView.of(
+        EngineView(EngineAddress(EngineId(f"{role}-{slot}"), role, "h", 1), slot, S.READY, facts)
+        for slot, (role, facts) in enumerate(kinds)
+    )
+
+
+def test_engines_of_one_kind_are_one_pool_without_islands() -> None:
+    alike = [WHOLE, replace(WHOLE, version="0.5.9"), EngineFacts("m"), replace(WHOLE, context_tokens=1, kv_bytes_per_token=0)]
+    seen = engines(*((role, facts) for role in (P, D) for facts in alike))
+    assert seen.pools["m"].islands == ()
+    assert {e.unpaired for e in seen.engines} == {""}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_engines_that_differ_are_never_paired_and_the_reason_is_said(what: str) -> None:
+    other, why = OTHERS[what]
+    seen = engines((P, WHOLE), (D, other))
+    assert not seen.pools["m"].can_serve
+    assert seen.engines[0].unpaired == f"is never paired with decode-1: {why}"
+    assert seen.engines[1].unpaired.startswith("is never paired with prefill-0: ")
+    assert seen.why_not_ready() == f"no pair can be made: prefill-0 is never paired with decode-1: {why}"
+    with pytest.raises(NoCapacityError, match="never paired"):
+        pool_of(seen, "m")
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_each_goes_with_its_own_kind_to_the_least_loaded_island(what: str) -> None:
+    other = OTHERS[what][0]
+    seen = engines((P, WHOLE), (P, other), (D, WHOLE), (D, other), (D, other))
+    found = pool_of(seen, "m")
+    assert [([p.id for p in i.prefill], [d.id for d in i.decode]) for i in found.islands] == [
+        (["prefill-0"], ["decode-2"]),
+        (["prefill-1"], ["decode-3", "decode-4"]),
+    ]
+    assert {e.unpaired for e in seen.engines} == {""}
+    assert chosen(found, loads(0, 1, 1, 5, 0)) == ("prefill-0", "decode-2")
+    assert chosen(found, loads(1, 1, 1, 5, 0)) == ("prefill-1", "decode-4")
+    assert chosen(found, loads(0, 9, 0, 9, 9), exclude={"decode-2"}) == ("prefill-1", "decode-3")
+    with pytest.raises(NoCapacityError):
+        chosen(found, loads(0, 0, 0, 0, 0), exclude={"decode-2", "prefill-1"})
+
+
+def test_one_that_says_nothing_of_itself_does_not_bring_those_together_that_differ() -> None:
+    mute, other = EngineFacts("m"), OTHERS["page size"][0]
+    seen = engines((P, mute), (P, WHOLE), (D, WHOLE), (D, other))
+    for now in ((0, 0, 0, 0), (9, 0, 9, 0), (0, 9, 9, 0)):
+        prefill, decode = chosen(seen.pools["m"], loads(*now))
+        assert (prefill, decode) != ("prefill-1", "decode-3")
+    assert chosen(seen.pools["m"], loads(0, 9, 9, 0)) == ("prefill-0", "decode-3")
+    assert {e.unpaired for e in seen.engines} == {""}
+
+
+def test_the_order_of_engines_does_not_make_a_pair_impossible() -> None:
+    """A silent prefill engine could go with either; the other one must not be its only reason to be."""
+    mute, other = EngineFacts("m"), OTHERS["dtype"][0]
+    seen = engines((P, mute), (P, WHOLE), (D, other))
+    assert chosen(seen.pools["m"], loads(5, 0, 0)) == ("prefill-0", "decode-2")
+    assert [bool(e.unpaired) for e in seen.engines] == [False, True, False]
+
+
+def test_a_unified_engine_belongs_to_no_island_and_serves_all_the_same() -> None:
+    seen = engines((P, WHOLE), (D, OTHERS["tp"][0]), (U, OTHERS["version"][0]))
+    assert chosen(pool_of(seen, "m"), loads(0, 0, 9)) == (None, "unified-2")
+    assert seen.why_not_ready() == ""
+    assert [bool(e.unpaired) for e in seen.engines] == [True, True, False]
+
+
+def test_nobody_is_unpaired_for_want_of_a_ready_partner() -> None:
+    down = states((P, S.READY, "a"), (D, S.STARTING, "b"), (U, S.READY, "a"))
+    assert {e.unpaired for e in down.engines} == {""}
+    dead = states((P, S.READY, "a"), (D, S.DEAD, "a"), (P, S.READY, "b"), (D, S.READY, "b"))
+    assert {e.unpaired for e in dead.engines} == {""}, "its partner is only dead for now"
+
+
+def test_a_silent_version_of_a_word_is_still_compared() -> None:
+    assert "engine version main against 0.5" in replace(WHOLE, version="main").why_not_paired_with(WHOLE)
+
+
+def test_no_two_engines_that_differ_are_ever_paired() -> None:
+    chance = random.Random(11)
+    for _ in range(400):
+        kinds = [
+            EngineFacts(
+                "m", chance.choice(("", "x", "y")), chance.choice((0, 16, 64)), version=chance.choice(("", "1.0.1", "1.1.0")), tp_size=2
+            )
+            for _ in range(chance.randrange(2, 8))
+        ]
+        seen = engines(*((chance.choice((P, D)), facts) for facts in kinds))
+        counts = loads(*(chance.randrange(4) for _ in kinds))
+        possible = [
+            (p, d)
+            for p in seen.engines
+            for d in seen.engines
+            if p.address.role is P and d.address.role is D and not p.facts.why_not_paired_with(d.facts)
+        ]
+        assert seen.pools["m"].can_pair is bool(possible)
+        for engine in seen.engines:
+            partners = [e for e in seen.engines if e.address.role not in {engine.address.role, U}]
+            alone = bool(partners) and not any(engine.id in {p.id, d.id} for p, d in possible)
+            assert bool(engine.unpaired) is alone
+        if possible:
+            choice = choose(seen.pools["m"], counts)
+            assert choice.prefill is not None
+            assert not choice.prefill.facts.why_not_paired_with(choice.decode.facts)
+            least = min(counts.now[p.slot] + counts.now[d.slot] for p, d in possible)
+            assert counts.now[choice.prefill.slot] + counts.now[choice.decode.slot] == least
 
 
 # --- which engines

@@ -157,6 +157,8 @@ class Agent:
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
+                for keeper in self._keepers.values():  # before the link: a hello must not report a running engine as none
+                    await keeper.begin()
                 for keeper in self._keepers.values():
                     tasks.create_task(keeper.run(), name=f"keep {keeper.id}")
                 tasks.create_task(self._keep_link(), name="control link")
@@ -214,8 +216,6 @@ class Agent:
     # --- the link
 
     async def _keep_link(self) -> None:
-        for keeper in self._keepers.values():
-            await keeper.looked.wait()  # a hello that knows nothing of an adopted engine yet would call it dead
         while True:
             try:
                 if not self._registered and self._identity.token_key is not None:

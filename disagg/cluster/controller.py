@@ -135,6 +135,7 @@ class Controller:
         self._may_join = may_join
         now = self._loop.time()
         self._detectors = {a.id: EngineDetector(a, slot=i, probe_interval_s=probe_interval_s, now=now) for i, a in enumerate(addresses)}
+        self._by_host: dict[HostId, list[EngineDetector]] = {}  # asked for with each heartbeat
         self._slots = len(addresses)
         self._hosts: dict[HostId, HostView] = {}
         self._drained: dict[EngineId, str] = {}
@@ -190,8 +191,8 @@ class Controller:
     def _slept(self, lag_s: float, now: float) -> None:
         self._log.warning("the router itself stood still; nobody's silence in that time counts", seconds=round(lag_s, 2))
         self._stalled_at = now
-        for detector in self._detectors.values():
-            detector.handle(Stalled(lag_s), now=now)
+        for detector in list(self._detectors.values()):
+            self._feed(detector, Stalled(lag_s))
 
     def _beat(self, now: float) -> None:
         for detector in list(self._detectors.values()):
@@ -236,7 +237,7 @@ class Controller:
         """The data path was refused a connection: look at that engine at once."""
         detector = self._detectors.get(engine)
         if detector is not None:
-            detector.handle(Troubled(), now=self._loop.time())
+            self._feed(detector, Troubled())
             self._wake.set()
 
     def exited(self, engine: EngineId, code: int | None) -> None:
@@ -255,6 +256,7 @@ class Controller:
         self._hosts.pop(host, None)
         for detector in list(self._of(host)):
             self._drop(detector, cause)
+        self._by_host.pop(host, None)
         self._publish()
 
     def reported(self, host: HostId, reports: Iterable[EngineReport]) -> list[str]:
@@ -275,7 +277,7 @@ class Controller:
         return faults
 
     def _of(self, host: HostId) -> list[EngineDetector]:
-        return [d for d in self._detectors.values() if d.view.host == host]
+        return self._by_host.get(host, [])
 
     def _add(self, host: HostId, report: EngineReport) -> EngineDetector:
         address = EngineAddress(report.id, report.role, report.host, report.port, report.bootstrap_port)
@@ -284,10 +286,12 @@ class Controller:
         now = self._loop.time()
         detector = EngineDetector(address, slot=slot, probe_interval_s=self._interval_s, now=now, host=host)
         self._detectors[report.id] = detector
+        self._by_host.setdefault(host, []).append(detector)
         return detector
 
     def _drop(self, detector: EngineDetector, cause: str) -> None:
         del self._detectors[detector.id]
+        self._of(detector.view.host).remove(detector)
         self._drained.pop(detector.id, None)
         self._log.info("engine gone", engine=detector.id, reason=cause)
         if self._data is not None:

@@ -13,7 +13,7 @@ The machine keeps the last word of each side and derives the state from them, wo
     READY        none of these
 
 An engine without an agent is looked at every `probe_interval_s`; one with an agent only while there is trouble: its host is not heard, a
-connection to it failed, or it has not said yet that it runs in its role. Silence of the agent is not death of the engine. When the host has
+connection to it failed, or it runs in another mode than it should. Silence of the agent is not death of the engine. When the host has
 been silent for long enough, or has left, the engine is lost only if it was asked in vain (`HASTY_PATIENCE_S`) and gave no sign of life
 within the last `SIGN_OF_LIFE_S`: an answered probe, or bytes of a running answer.
 
@@ -233,8 +233,7 @@ class EngineDetector:
         assert self._refusals >= 0
         assert self._view.state is not EngineState.READY or self._view.facts.model
         assert self._view.state is not EngineState.READY or self._host_state is HostState.ONLINE
-        assert self._has_agent or self._probing or self._probe_at is not None
-        assert self._host_state is HostState.ONLINE or self._probing or self._probe_at is not None
+        assert self._probing or self._probe_at is not None or (self._agent_is_heard and not self._wants_a_look)
         assert self._view.state is not EngineState.READY or not (self._hung or self._lifeless or self._dead or self._gone)
         assert self._view.state is not EngineState.DEAD or self._failed_over, "who is dead has lost what ran on it"
         assert self._failed_over is self._is_lost()
@@ -296,24 +295,27 @@ class EngineDetector:
         if report.facts.model:
             self._take(report.facts, report.load)
         if self._agent_is_heard:
+            self._gone, self._lifeless = "", False
             self._watch(report.counter, report.working and not self._is_exempt, now)
+        self._look_if_wanted(now)
         return []
 
     def _on_host(self, event: HostJudged, now: float) -> list[Command]:
         self._host_state, self._host_reason = event.state, event.reason
         self._note_bytes(event.last_bytes_at)
-        self._gone = event.reason if event.engines_gone else ""
-        if event.state is HostState.ONLINE:
-            self._vain_at, self._lifeless = None, False
-            self._probe_at = now if self._dead or self._trouble or not self._has_agent else None
+        self._gone = event.reason if event.engines_gone else self._gone
+        if event.state is HostState.ONLINE:  # whether the engine is back as well, the report says that comes next
+            self._vain_at = None
+            self._probe_at = now if self._wants_a_look else None
             return []
         self._probe_at = now
         if self._probing:
             self._expect_answer_by(now + HASTY_PATIENCE_S)  # this probe has more patience than we have now
         return []
 
-    def _on_order(self, event: Ordered, _now: float) -> list[Command]:
+    def _on_order(self, event: Ordered, now: float) -> list[Command]:
         self._order, self._order_reason = event.state, event.reason
+        self._look_if_wanted(now)
         return []
 
     def _on_trouble(self, _event: Any, now: float) -> list[Command]:
@@ -371,9 +373,7 @@ class EngineDetector:
         if not at or at <= self._last_bytes_at:
             return
         self._last_bytes_at = at
-        self._hung = False
-        if self._answered_at < at:
-            self._lifeless = False
+        self._hung = self._lifeless = False
 
     def _watch(self, counter: int, working: bool, now: float) -> None:
         self._progress.seen(counter, working, now)
@@ -417,15 +417,22 @@ class EngineDetector:
         agents = self._agent is not None and self._agent.state is EngineState.SWITCHING
         return agents or self._order is EngineState.SWITCHING
 
+    def _look_if_wanted(self, now: float) -> None:
+        """A fault that a switch hid comes to light when the switch is over, and only an answer can take it back."""
+        if self._wants_a_look and self._probe_at is None and not self._probing:
+            self._probe_at = now
+
+    @property
+    def _wants_a_look(self) -> bool:
+        return not self._has_agent or bool(self._dead or self._trouble or self._mode_fault)
+
     def _probe_again(self, now: float) -> None:
         if self._host_state is not HostState.ONLINE:
             self._probe_at = now + HASTY_PROBE_S
-        elif self._dead or self._trouble or self._mode_fault:
+        elif self._dead or self._trouble or self._mode_fault or (not self._has_agent and not self._view.facts.model):
             self._probe_at = now + self._interval_s / 4
-        elif not self._has_agent:
-            self._probe_at = now + (self._interval_s if self._view.facts.model else self._interval_s / 4)
         else:
-            self._probe_at = None
+            self._probe_at = None if self._has_agent else now + self._interval_s
 
     def _hangs_at(self) -> float | None:
         """When what was seen of it so far makes it hung; None when it does not, or it hangs already."""
@@ -456,6 +463,8 @@ class EngineDetector:
             return EngineState.DEAD, f"its host: {self._gone}"
         if self._lifeless:
             return EngineState.DEAD, f"its host is not heard ({self._host_reason}) and it gives no sign of life itself"
+        if agent is not None and agent.state is EngineState.QUARANTINED:
+            return EngineState.QUARANTINED, agent.reason[:REASON_LIMIT] or "its agent says so"
         fault = self._mode_fault
         return (EngineState.QUARANTINED, fault) if fault else None
 
@@ -491,7 +500,7 @@ class EngineDetector:
         return EngineState.READY, "it answers"
 
     def _is_lost(self) -> bool:
-        return self._hung or self._view.state in {EngineState.DEAD, EngineState.HELD}
+        return self._hung or self._view.state in _OUT_OF_LIFE
 
     def _fail_over_once(self) -> list[Command]:
         before, self._failed_over = self._failed_over, self._is_lost()
@@ -501,7 +510,7 @@ class EngineDetector:
         return [FailOver(cause)] if cause else []
 
 
-_OUT_OF_LIFE = frozenset({EngineState.DEAD, EngineState.HELD, EngineState.QUARANTINED})
+_OUT_OF_LIFE = frozenset({EngineState.DEAD, EngineState.HELD})
 _EXEMPT = frozenset({EngineState.STARTING, EngineState.SWITCHING})
 _NOT_HEARD = frozenset({HostState.SILENT, HostState.LEFT})
 _MODES = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.UNIFIED: "null"}

@@ -38,10 +38,11 @@ from disagg.cluster.registrar import Registrar
 from disagg.cluster.transport import Complaints
 from disagg.errors import OrderError
 from disagg.model import EngineId, HostId, HostState, HostView, Role
-from disagg.wire.codec import FrameError, encode, to_router
+from disagg.wire.codec import FrameError, UnknownKindError, encode, to_router
 from disagg.wire.messages import Ack, Answer, Goodbye, Heartbeat, Hello, Message, Order, Refused, Register, ToRouter, Welcome
 
 ORDER_LIMIT_S = {"switch": 70.0, "restart": 10.0, "drain": 3.0, "undrain": 3.0}
+REFUSAL_SHOWN_S = 60.0
 
 Send = Callable[[bytes, bytes], None]
 SpawnTask = Callable[[Coroutine[Any, Any, None], str], Any]
@@ -97,17 +98,22 @@ class Head:
         self._orders: dict[int, tuple[HostId, asyncio.Future[Answer]]] = {}
         self._order_ids = 0
         self._faults: dict[HostId, tuple[str, ...]] = {}
+        self._refusals: dict[HostId, tuple[float, str]] = {}  # the last one of each host, and when
         self.messages: Counter[str] = Counter()
 
     # --- frames in
 
-    def hear(self, session: bytes, key: str, frame: bytes) -> None:
-        """A frame came over a connection that this key was authenticated for. Never raises for what a peer sends."""
+    def hear(self, session: bytes, key: str, frame: bytes) -> bool:
+        """A frame came over a connection that this key was authenticated for. Never raises for what a peer sends.
+
+        Returns:
+            False for a frame that makes no sense. One of a kind that only a newer release knows is none of these.
+        """
         try:
             message = to_router.decode(frame)
         except FrameError as error:
             self._unreadable(session, error)
-            return
+            return isinstance(error, UnknownKindError)
         self.messages[type(message).__name__.lower()] += 1
         host = self._registrar.host_of(key)
         if isinstance(message, Register):
@@ -117,6 +123,7 @@ class Head:
             self._send(session, Refused("this host's key is not registered: it was revoked; join again with a new token", final=True))
         else:
             self._from_host(host, session, message)
+        return True
 
     def _unreadable(self, session: bytes, error: FrameError) -> None:
         self.messages[error.why] += 1
@@ -171,6 +178,8 @@ class Head:
                 self._send(session, Welcome(self._router, self._interval_s, __version__))
             case SendRefusal(host=host, session=session, reason=reason, final=final):
                 self._complaints.add("refused_host", f"{host}: {reason}")
+                if final or self._members.state(host) is HostState.ONLINE:  # a newcomer who says heartbeats must only say hello first
+                    self._refusals[host] = (self._loop.time(), reason)
                 self._send(session, Refused(reason, final))
             case ForgetHost(host=host, cause=cause):
                 self._log.info("host gone", host=host, reason=cause)
@@ -236,9 +245,13 @@ class Head:
         view = next((h for h in self._members.hosts if h.id == name), None)
         if view is None:
             return HostRow(name, roles, key, "away", "it has not said hello since this router started")
-        faults = "; ".join(self._faults.get(view.id, ()))
-        reason = f"{view.reason}; {faults}" if faults else view.reason
+        reason = "; ".join((view.reason, *self._faults.get(view.id, ()), *self._refused_lately(view.id)))
         return HostRow(name, roles, key, view.state.value, reason, view.release, view.incarnation)
+
+    def _refused_lately(self, host: HostId) -> Iterable[str]:
+        at, reason = self._refusals.get(host, (float("-inf"), ""))
+        ago_s = self._loop.time() - at
+        return [f"{ago_s:.0f} s ago an agent of this name was refused: {reason}"] if ago_s < REFUSAL_SHOWN_S else []
 
     async def revoke(self, name: str) -> str:
         """Shuts a host out at once. Says what happened.
@@ -250,6 +263,7 @@ class Head:
             known = ", ".join(r.name for r in self._registrar.hosts()) or "none"
             raise OrderError(f"no host is registered as {name!r}; there is {known}", status=404)
         self._feed(HostRevoked(HostId(name)))
+        self._refusals.pop(HostId(name), None)
         return f"{name} is shut out: its engines get no more work and its key opens nothing; it can come back with a new token only"
 
     def counts(self) -> dict[str, int]:

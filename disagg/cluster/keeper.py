@@ -62,21 +62,18 @@ SpawnTask = Callable[[Coroutine[Any, Any, None], str], Any]
 
 
 class Keeper(Protocol):
-    """What an agent needs of an engine of its host.
-
-    Attributes:
-        looked: set once it is known whether the engine runs already. A report from before that would say that nothing runs, and end what
-            does.
-    """
+    """What an agent needs of an engine of its host."""
 
     id: EngineId
-    looked: asyncio.Event
 
     def report(self) -> EngineReport:
         """How it is."""
 
     def is_idle(self, since: float) -> bool:
         """It said after this moment that nothing runs on it, or it cannot run anything."""
+
+    async def begin(self) -> None:
+        """Finds what is there, or starts it: after this the reports are true."""
 
     async def run(self) -> None:
         """Keeps it until cancelled."""
@@ -104,7 +101,6 @@ class _Watched:
         self, engine: EngineId, role: Role, prober: Prober, on_change: Callable[[], None], log: structlog.typing.FilteringBoundLogger
     ) -> None:
         self.id = engine
-        self.looked = asyncio.Event()
         self._role = role
         self._prober = prober
         self._on_change = on_change
@@ -261,11 +257,13 @@ class EngineKeeper(_Watched):
 
     # --- life
 
-    async def run(self) -> None:
-        """Adopts what is there or starts it, and keeps it until cancelled."""
+    async def begin(self) -> None:
+        """Adopts what is there or starts it."""
         if not await self._adopt():
             self._feed(StartAsked("its agent started"))
-        self.looked.set()
+
+    async def run(self) -> None:
+        """Keeps it until cancelled."""
         poll_at = self._loop.time()
         while True:
             deadline = self._life.next_deadline()
@@ -501,11 +499,15 @@ class AttachedKeeper(_Watched):
         self._why = "it has not answered yet"
         self._refusals = 0
 
+    async def begin(self) -> None:
+        """Looks at it once."""
+        seen = await self._look(self._address, anew=True)
+        self._why = "" if isinstance(seen, Answered) else seen
+
     async def run(self) -> None:
         """Watches until cancelled."""
         while True:
             seen = await self._look(self._address, anew=self._why != "")
-            self.looked.set()
             self._why = "" if isinstance(seen, Answered) else seen
             self._refusals = self._refusals + 1 if self._why == "it refuses connections" else 0
             self._say_changes(*self._state())

@@ -14,6 +14,7 @@ from disagg.engines.progress import read_progress
 from disagg.model import EngineAddress, EngineFacts, EngineLoad
 
 LOADS = "/v1/loads?include=core,disagg,queues,memory"
+COUNT_LIMIT = 1 << 63
 Seen = Answered | Refused | TimedOut
 
 
@@ -46,7 +47,7 @@ class Prober:
                 facts, mode = (known, "") if known is not None else await self._facts(address)
                 loads = await self.get(address, LOADS)
                 counter, working = read_progress(loads)
-                return Answered(facts, read_load(loads), mode, counter, working)
+                return Answered(facts, read_load(loads), mode, counter % COUNT_LIMIT, working)
         except aiohttp.ClientConnectorError as error:
             # Only the engine's own machine can refuse. A route that is gone, or no descriptor left here, says nothing about the engine.
             refused = isinstance(error.os_error, ConnectionRefusedError)
@@ -142,4 +143,7 @@ def read_load(answer: Mapping[str, Any]) -> EngineLoad:
 
 
 def _whole(value: object) -> int:
-    return int(value) if isinstance(value, int | float) else 0
+    """A count as the wire can carry it; what is none counts as nothing."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < COUNT_LIMIT:
+        return 0
+    return int(value)

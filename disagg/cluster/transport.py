@@ -35,17 +35,24 @@ BATCH = 32
 DRAIN_RATE = 3200.0
 PEER_RATE = 100.0
 PEER_BURST = 200.0
+NONSENSE_COST = 10.0
+"""A frame that makes no sense counts as so many: to find that out may take milliseconds, and no honest host sends any."""
 FLOOD_PENALTY_S = 10.0
 KEYS_REMEMBERED = 4096
 ZAP_DOMAIN = b"disagg"
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 
-OnMessage = Callable[[bytes, str, bytes], None]
-"""Session, the peer's public key, frame."""
+OnMessage = Callable[[bytes, str, bytes], bool]
+"""Session, the peer's public key, frame; says whether the frame made sense."""
 
 
 class _Readable:
-    """Calls back whenever a socket has something to read; never more than a batch at a time."""
+    """Calls back whenever a socket has something to read; never more than a batch at a time.
+
+    After messages were taken it waits for `pause_s` before it looks again: the rest waits in the kernel of the one who sent it, and what
+    comes from many peers is taken together, which costs a fraction of as many wake-ups. Meanwhile the loop does not watch the descriptor,
+    which stays readable and would wake it for nothing.
+    """
 
     def __init__(self, socket: zmq.Socket[bytes], loop: asyncio.AbstractEventLoop, take: Callable[[], bool], pause_s: float = 0.0) -> None:
         self._socket = socket
@@ -54,30 +61,52 @@ class _Readable:
         self._pause_s = pause_s
         self._later: asyncio.Handle | None = None
         self._taking = False
-        loop.add_reader(socket.FD, self.look)
+        self._watching = False
+        self._watch()
         self.look()
 
     def look(self) -> None:
         """Takes a batch; comes back for the rest later, so that others get their turn."""
         if self._later is not None or self._taking:
-            return  # a batch was taken a moment ago (the rest waits in the kernel of the one who sent it), or is just being taken
+            return
+        taken = self._take_batch()
+        if taken == BATCH or (taken and self._pause_s):
+            self._unwatch()
+            self._later = self._loop.call_later(self._pause_s, self._again)
+        else:
+            self._watch()
+
+    def _take_batch(self) -> int:
         self._taking = True
+        taken = 0
         try:
-            for _ in range(BATCH):
-                if self._socket.closed or not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN or not self._take():
-                    return
+            while taken < BATCH and self._has_some() and self._take():
+                taken += 1
         finally:
             self._taking = False
-        self._later = self._loop.call_later(self._pause_s, self._again)
+        return taken
+
+    def _has_some(self) -> bool:
+        return not self._socket.closed and bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
     def _again(self) -> None:
         self._later = None
         self.look()
 
+    def _watch(self) -> None:
+        if not self._watching and not self._socket.closed:
+            self._watching = True
+            self._loop.add_reader(self._socket.FD, self.look)
+
+    def _unwatch(self) -> None:
+        if self._watching and not self._socket.closed:
+            self._watching = False
+            self._loop.remove_reader(self._socket.FD)
+
     def close(self) -> None:
         if self._later is not None:
             self._later.cancel()
-        self._loop.remove_reader(self._socket.FD)
+        self._unwatch()
 
 
 class Bucket:
@@ -90,6 +119,10 @@ class Bucket:
         self._burst = burst
         self._left = burst
         self._at = now
+
+    def waste(self, cost: float) -> None:
+        """Takes so many at once, and may leave a debt."""
+        self._left -= cost
 
     def take(self, now: float) -> bool:
         """True when there was one left."""
@@ -218,7 +251,8 @@ class ControlServer:
         key = _key_of(frames[-1])
         if self._listens_to(key):
             if len(frames) == 2 and self.on_message is not None:
-                self.on_message(frames[0].bytes, key, frames[1].bytes)
+                if not self.on_message(frames[0].bytes, key, frames[1].bytes):
+                    self._buckets[key].waste(NONSENSE_COST)
             elif len(frames) != 2:
                 self.complaints.add("garbage", "a message did not come as one frame")
         return True

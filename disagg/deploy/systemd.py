@@ -33,6 +33,7 @@ POLKIT_FILE = "/etc/polkit-1/rules.d/50-disagg.rules"
 SYSUSERS_FILE = "/etc/sysusers.d/disagg.conf"
 CONFIG_FILE = "/etc/disagg/disagg.toml"
 TOKEN_FILE = "/etc/disagg/token"  # noqa: S105  # a path
+KEY_FILE = "/etc/disagg/key"
 USER = "disagg"
 ROUTER = "router"
 HOMES = ("/home", "/root", "/run/user")  # what ProtectHome= hides
@@ -110,13 +111,14 @@ def _router(site: Site) -> str:
         *_network_and_patience(),
         "",
         "[Service]",
-        *_notifying(site, f"serve --role router --config {_word(site.config_path)}"),
+        *_notifying(site, f"serve --role router --config {_word(site.config_path)} --key-file %d/disagg-key"),
         "# To serve clients on a port below 1024: systemctl edit disagg-router, and there, under [Service],",
         "#   AmbientCapabilities=CAP_NET_BIND_SERVICE",
         "#   CapabilityBoundingSet=CAP_NET_BIND_SERVICE",
         "#   PrivateUsers=no",
         "",
         *_identity(site),
+        *_key("disagg-router"),
         "",
         *(_hardened("ProtectHome=read-only", "disagg itself lies in a home.") if site.in_a_home else _hardened("ProtectHome=yes")),
         *_closed_to_devices(),
@@ -143,6 +145,7 @@ def _agent(role: Role, site: Site) -> str:
         "",
         *_identity(site),
         *_token(name),
+        *_key(name),
         "",
         *_hardened("ProtectHome=read-only", "Models may lie in a home; they are read and never written."),
         *_closed_to_devices(),
@@ -157,9 +160,8 @@ def _agent(role: Role, site: Site) -> str:
 
 
 def _agent_command(role: Role, site: Site) -> str:
-    return (
-        f"serve --role {role} --config {_word(site.config_path)} --supervise systemd --token-file ${{CREDENTIALS_DIRECTORY}}/disagg-token"
-    )
+    credentials = "--token-file %d/disagg-token --key-file %d/disagg-key"
+    return f"serve --role {role} --config {_word(site.config_path)} --supervise systemd {credentials}"
 
 
 def _engine(site: Site) -> str:
@@ -286,16 +288,28 @@ def _identity(site: Site) -> list[str]:
 
 
 def _token(name: str) -> list[str]:
+    return _credential(name, "disagg-token", TOKEN_FILE, "The join token, needed once; after the first join the file may go.")
+
+
+def _key(name: str) -> list[str]:
+    return _credential(
+        name, "disagg-key", KEY_FILE, "The key pair, for who keeps it apart; without the file it is made in the state directory."
+    )
+
+
+def _credential(name: str, credential: str, path: str, what: str) -> list[str]:
+    """A file of root's that systemd shows to this unit alone, and which may be missing.
+
+    SetCredential= gives an empty one then; without it systemd would refuse to start the unit.
+    """
     return [
-        f"# The join token, needed once: write it to {TOKEN_FILE} (root, mode 0600); systemd shows a copy of it to this unit alone.",
-        "# After the first join the file may go: SetCredential= gives an empty one then. Without that line systemd would refuse to start a",
-        "# unit whose LoadCredential= names a file that is missing.",
-        f"LoadCredential=disagg-token:{TOKEN_FILE}",
-        r"SetCredential=disagg-token:\n",
-        f"# Encrypted at rest: systemd-creds encrypt --name=disagg-token {TOKEN_FILE} {TOKEN_FILE}.cred",
+        f"# {what}",
+        f"# Write it to {path} (root, mode 0600); systemd shows a copy of it to this unit alone.",
+        f"LoadCredential={credential}:{path}",
+        rf"SetCredential={credential}:\n",
+        f"# Encrypted at rest: systemd-creds encrypt --name={credential} {path} {path}.cred",
         f"# and with systemctl edit {name}, under [Service]:",
-        "#   LoadCredential=",
-        f"#   LoadCredentialEncrypted=disagg-token:{TOKEN_FILE}.cred",
+        f"#   LoadCredentialEncrypted={credential}:{path}.cred",
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import zmq
 from zmq.utils import z85
 
 from disagg.errors import StartError
-from disagg.security.state import UNDECODABLE, create_private, read_private
+from disagg.security.state import UNDECODABLE, create_private, read_private, write_private
 
 KEY_BYTES = 32
 _KEY_CHARACTERS = 40
@@ -89,6 +90,35 @@ def load_or_make_key(path: Path) -> tuple[KeyPair, bool]:
         if create_private(path, _FILE.format(public=made.public, secret=made.secret).encode()):
             return made, True
     return load_key(path), False  # somebody else may have made it at this moment: theirs is the key
+
+
+def load_given_key(path: Path, environ: Mapping[str, str]) -> KeyPair | None:
+    """Reads a key pair that somebody keeps apart from the state; None where the file is missing or empty.
+
+    A credential that systemd shows to its service may be readable by its group: systemd guards its folder.
+
+    Raises:
+        StartError: as `load_key`.
+    """
+    credentials = environ.get("CREDENTIALS_DIRECTORY", "")
+    is_credential = bool(credentials) and path.parent == Path(credentials)
+    text = _read_credential(path) if is_credential else read_private(path) or b""
+    return _parse(text, path) if text.strip() else None
+
+
+def _read_credential(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
+
+
+def publish_key(path: Path, key: KeyPair) -> None:
+    """Writes down the public half alone, for `disagg token create` on a router whose key lies elsewhere."""
+    write_private(path, key.public.encode() + b"\n")
+
+
+def load_published_key(path: Path) -> str | None:
+    """The public key that `publish_key` wrote; None where there is none."""
+    text = (read_private(path) or b"").decode("ascii", errors="replace").strip()
+    return text if key_bytes(text) is not None else None
 
 
 def _parse(text: bytes, path: Path) -> KeyPair:

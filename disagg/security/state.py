@@ -1,6 +1,7 @@
 """The state directory: where keys, tokens and registrations are, and how such a private file is written and read.
 
     <state>/router/key             the router's key pair
+    <state>/router/public          its public half alone, where the pair is kept elsewhere
     <state>/router/tokens/<hex>    an outstanding join token; its name is the public half of its secret
     <state>/router/hosts.json      the hosts that may connect
     <state>/hosts/<name>/key       the key pair of the host of that name
@@ -83,6 +84,11 @@ def _home(environ: Mapping[str, str]) -> Path:
 def router_key_path(root: Path) -> Path:
     """The router's key pair."""
     return root / "router" / "key"
+
+
+def router_public_path(root: Path) -> Path:
+    """The public half of a router's key that lies elsewhere."""
+    return root / "router" / "public"
 
 
 def router_tokens_path(root: Path) -> Path:

@@ -169,7 +169,7 @@ _COUNTED = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}  # first byt
 
 
 def depth(body: bytes) -> int:
-    """How deep arrays and maps are nested in a msgpack value; counts no further than just over the limit.
+    """How deep arrays and maps are nested in a msgpack value; counts no further than just over the limit. An empty one adds no level.
 
     A body that ends too early is as deep as it got: the decoder says what is wrong with it.
 

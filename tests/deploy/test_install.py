@@ -93,7 +93,7 @@ def test_the_config_that_is_written_is_valid(tmp_path: Path) -> None:
     disagg("router", "--install", "--root", str(tmp_path), "--config", "/srv/my.toml")
     check = [sys.executable, "-m", "disagg", "check", "--config", str(tmp_path / "srv/my.toml")]
     assert subprocess.run(check, capture_output=True, timeout=LIMIT_S, check=False).returncode == 0
-    assert "--config /srv/my.toml\n" in (tmp_path / "etc/systemd/system/disagg-router.service").read_text()
+    assert "--config /srv/my.toml --key-file" in (tmp_path / "etc/systemd/system/disagg-router.service").read_text()
 
 
 @as_root

@@ -192,16 +192,25 @@ def test_agent_and_engines_see_each_other(role: str) -> None:
 @pytest.mark.parametrize("role", AGENTS)
 def test_the_token_reaches_the_agent_alone_and_may_be_missing(role: str) -> None:
     agent = unit(role)
-    assert agent["LoadCredential"] == ["disagg-token:/etc/disagg/token"]
-    assert agent["SetCredential"] == [r"disagg-token:\n"]  # what systemd.exec(5) documents for a file that is not there
-    assert agent["ExecStart"][0].endswith(" --token-file ${CREDENTIALS_DIRECTORY}/disagg-token")
+    assert "disagg-token:/etc/disagg/token" in agent["LoadCredential"]
+    assert r"disagg-token:\n" in agent["SetCredential"]  # what systemd.exec(5) documents for a file that is not there
+    assert " --token-file %d/disagg-token" in agent["ExecStart"][0]
     assert not any("Credential" in key for key in unit(role, engine=True))
-    assert not any("Credential" in key for key in unit("router"))
+    assert not any("disagg-token" in value for values in unit("router").values() for value in values)
+
+
+@pytest.mark.parametrize("role", ["router", *AGENTS])
+def test_the_key_may_come_as_a_credential(role: str) -> None:
+    service = unit(role)
+    assert "disagg-key:/etc/disagg/key" in service["LoadCredential"]
+    assert r"disagg-key:\n" in service["SetCredential"]
+    assert service["ExecStart"][0].endswith(" --key-file %d/disagg-key")
 
 
 def test_the_command_of_each_role() -> None:
     site = Site("/opt/my programs/disagg", "/etc/disagg/a $b.toml")
-    assert unit("router", site)["ExecStart"] == ['"/opt/my programs/disagg" serve --role router --config "/etc/disagg/a $$b.toml"']
+    command = '"/opt/my programs/disagg" serve --role router --config "/etc/disagg/a $$b.toml" --key-file %d/disagg-key'
+    assert unit("router", site)["ExecStart"] == [command]
     for role in AGENTS:
         assert f" serve --role {role} --config " in unit(role, site)["ExecStart"][0]
         assert " --supervise systemd " in unit(role, site)["ExecStart"][0]

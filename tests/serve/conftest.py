@@ -59,10 +59,10 @@ class Site:
         self.hosts: dict[str, Process] = {}
         self.engine_pids: set[int] = set()
 
-    def start_router(self) -> Process:
+    def start_router(self, *arguments: str) -> Process:
         places = ["--http", f"127.0.0.1:{self.http}", "--admin", f"127.0.0.1:{self.admin_port}", "--control", f"127.0.0.1:{self.control}"]
         state = ["--state-dir", str(self.folder / "router")]
-        self.router = Process("router", self.folder, ["serve", "--role", "router", *places, *state, "--log-format", "json"])
+        self.router = Process("router", self.folder, ["serve", "--role", "router", *places, *state, "--log-format", "json", *arguments])
         wait_for(lambda: self.answers("/healthz"), f"the router: {self.router.said}")
         return self.router
 

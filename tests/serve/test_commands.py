@@ -7,6 +7,8 @@ import os
 import signal
 import socket
 import time
+from functools import partial
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -14,6 +16,10 @@ import pytest
 from tests.serve.conftest import Site, is_engine, wait_for
 
 pytestmark = pytest.mark.slow
+
+
+def is_gone(pid: int) -> bool:
+    return not is_engine(pid)
 
 
 def test_a_router_starts_with_no_host_and_says_how_to_join(site: Site) -> None:
@@ -223,10 +229,54 @@ def test_an_engine_that_dies_again_and_again_is_held_until_a_person_asks(site: S
         if found["state"] == "ready" and is_engine(found["pid"]):
             os.kill(found["pid"], signal.SIGKILL)
             deaths += 1
-            wait_for(lambda pid=found["pid"]: not is_engine(pid))
+            wait_for(partial(is_gone, found["pid"]))
         time.sleep(0.05)
     assert deaths == 5
     assert "5 deaths" in site.engine("u")["reason"]
     done = site.run("restart", "u")
     assert done.returncode == 0, done.stderr
     site.wait_engine("u", "ready")
+
+
+def test_engines_that_do_not_fit_are_never_paired_and_status_says_why(site: Site) -> None:
+    site.start_host("p", "prefill", "--page-size", "16")
+    site.start_host("d", "decode", "--page-size", "32")
+    for name in ("p", "d"):
+        site.wait_engine(name, "ready")
+    answer = site.ask()
+    assert answer.status_code == 503
+    assert "page size" in answer.json()["error"]["message"]
+    status = site.run("status").stdout
+    assert "never paired with p: page size 32 against 16" in status
+    assert "No request can be served" in status
+    site.start_host("d2", "decode", "--page-size", "16")
+    site.wait_engine("d2", "ready")
+    assert {site.ask().headers["x-disagg-decode"] for _ in range(4)} == {"d2"}
+    assert "page size 32 against 16" in site.engine("d")["reason"]
+
+
+def test_several_models_behind_one_router(site: Site) -> None:
+    site.start_host("a", "unified", "--served-name", "one")
+    site.start_host("b", "unified", "--served-name", "two")
+    for name in ("a", "b"):
+        site.wait_engine(name, "ready")
+    assert {m["id"] for m in httpx2.get(site.url + "/v1/models").json()["data"]} == {"one", "two"}
+    assert site.ask(model="one").headers["x-disagg-decode"] == "a"
+    assert site.ask(model="two").headers["x-disagg-decode"] == "b"
+    assert site.ask(model="three").status_code == 404
+
+
+def test_keys_may_be_kept_apart_from_the_state(tmp_path: Path) -> None:
+    """As systemd's credentials are: the router's and a host's key come from files, tokens still fit."""
+    site = Site(tmp_path)
+    try:
+        for name in ("r", "h"):
+            assert site.run("keygen", "--state-dir", str(tmp_path / f"keys-{name}"), admin=False).returncode == 0
+        site.start_router("--key-file", str(tmp_path / "keys-r" / "router" / "key"))
+        site.start_host("u", "unified", "--key-file", str(tmp_path / "keys-h" / "router" / "key"))
+        site.wait_engine("u", "ready")
+        assert site.ask().status_code == 200
+        assert not (tmp_path / "router" / "router" / "key").exists()
+        assert not (tmp_path / "u" / "hosts" / "u" / "key").exists()
+    finally:
+        site.close()

@@ -1,0 +1,75 @@
+"""The controller over real sockets: engines that answer probes with nonsense."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from disagg.cluster.controller import Controller
+from disagg.cluster.prober import read_load
+from disagg.model import EngineLoad, EngineState, Role
+from disagg.observe.log import make_logger
+from tests.fake_engine import FakeEngine, fake_engine, until
+
+S = EngineState
+
+
+class Babbler(FakeEngine):
+    """An engine that answers probes with JSON of another shape."""
+
+    def __init__(self, answer: dict[str, Any]) -> None:
+        super().__init__(Role.UNIFIED, 0, "confused")
+        self.answer = answer
+        self.probes = 0
+
+    async def _models(self, _request: web.Request) -> web.Response:
+        self.probes += 1
+        return web.json_response({"data": [{"id": self.model}], **self.answer})
+
+    async def _info(self, _request: web.Request) -> web.Response:
+        return web.json_response(self.answer)
+
+    async def _loads(self, _request: web.Request) -> web.Response:
+        return web.json_response(self.answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"data": 3},
+        {"data": [3]},
+        {"data": {"a": 1}},
+        {"internal_states": 5},
+        {"internal_states": [None]},
+        {"internal_states": {"x": 1}},
+        {"loads": 5},
+        {"loads": [{"disaggregation": [1]}]},
+    ],
+    ids=str,
+)
+async def test_an_engine_that_answers_probes_with_nonsense_hurts_nobody(answer: dict[str, Any]) -> None:
+    bad = Babbler(answer)
+    await bad.start()
+    try:
+        async with fake_engine(Role.UNIFIED, 1, "demo") as good, asyncio.TaskGroup() as group:
+            watcher = Controller([bad.address, good.address], probe_interval_s=0.05, probe_timeout_s=2.0, log=make_logger("error", "text"))
+            task = group.create_task(watcher.run(), name="controller")
+            await until(lambda: task.done() or (bad.probes >= 3 and watcher.view.engines[1].state is S.READY))
+            assert not task.done()
+            assert watcher.view.pools.keys() == {"demo"}
+            task.cancel()
+    finally:
+        await bad.stop()
+
+
+def test_loads_are_summed_over_ranks_and_nonsense_counts_as_nothing() -> None:
+    ranks = [
+        {"num_running_reqs": 2, "num_waiting_reqs": 1, "num_used_tokens": 10, "max_total_num_tokens": 100},
+        {"num_running_reqs": 3, "num_used_tokens": "x", "max_total_num_tokens": 100, "disaggregation": {"kv_transfer_bytes_total": 9}},
+        "rank",
+    ]
+    load = read_load({"loads": ranks})
+    assert load == EngineLoad(running=5, waiting=1, kv_used_tokens=10, kv_total_tokens=200, kv_transfer_bytes=9)
