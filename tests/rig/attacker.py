@@ -2,7 +2,8 @@
 
     attacker flood PORT RATE     RATE messages/s with a registered key, as fast as they are taken; the keys come on standard input
     attacker idle PORT COUNT     COUNT open TCP connections that say nothing, opened again when they are closed
-    attacker sink                a control plane of nobody: takes messages as a router does, and throws them away
+    attacker sink                a control plane of nobody: it shakes hands, and then reads nothing. Reading would cost the core of the
+                                 engines, and flatter the router that is compared with it
 
 Once a second, or when it is asked to end, each says what it did. Only ever on loopback.
 """
@@ -105,10 +106,11 @@ def _is_closed(one: socket.socket) -> bool:
 
 
 async def sink() -> None:
-    """Prints where it listens and its key; takes what comes."""
+    """Prints where it listens and its key."""
     key: KeyPair = make_key()
     log = make_logger("error", "json")
     server = ControlServer("127.0.0.1", 0, key=key, allows=lambda _: True, log=log)
+    server._reader.close()
     say(f"{server.port} {key.public}")
     await asyncio.Event().wait()
 

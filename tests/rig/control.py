@@ -206,7 +206,7 @@ def steady(options: argparse.Namespace, scratch: Path) -> list[Row]:
     with fleet(router, keys) as hosts:
         for _ in range(options.rounds):
             began = router.launch()
-            wait_for(lambda: len(joined_at(router, began)) == HOSTS, 30, "not all hosts join")  # the log: asking would slow it
+            wait_for(lambda since=began: len(joined_at(router, since)) == HOSTS, 30, "not all hosts join")  # the log: asking would slow it
             found = joined_at(router, began)
             joins.append(max(found.values()) - began)
             time.sleep(3)
@@ -448,7 +448,7 @@ def first_token_p99_us(rig: Rig, folder: Path, attack: Any, real: bool, options:
 
 @contextmanager
 def flooded(router: RouterProcess, key: KeyPair, core: str, real: bool) -> Iterator[None]:
-    """A registered host that says far too much: to the router, or to a sink that takes it as a router would, on the other core."""
+    """A registered host that says far too much: to the router, or to a sink on the other core."""
     with ExitStack() as stack:
         port, router_key = router.control, router.key.public
         if not real:
