@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable
 
 import pytest
@@ -34,10 +35,10 @@ def pool(*roles: Role) -> Pool:
     return view(*((r, "m") for r in roles)).pools["m"]
 
 
-def loads(*now: int, ever: tuple[int, ...] = ()) -> InFlight:
+def loads(*now: int, turn: tuple[int, ...] = ()) -> InFlight:
     made = InFlight()
     made.now = list(now)
-    made.ever = list(ever or [0] * len(now))
+    made.turn = list(turn or [0] * len(now))
     return made
 
 
@@ -266,8 +267,8 @@ def test_the_least_loaded_of_each_role() -> None:
     assert chosen(pool(P, P, D, D), loads(3, 1, 2, 5)) == ("prefill-1", "decode-2")
 
 
-def test_equal_loads_go_to_the_one_used_least_and_then_to_the_lower_slot() -> None:
-    assert chosen(pool(P, P, D, D), loads(1, 1, 0, 0, ever=(9, 4, 7, 7))) == ("prefill-1", "decode-2")
+def test_equal_loads_go_to_the_one_not_used_for_longest_and_then_to_the_lower_slot() -> None:
+    assert chosen(pool(P, P, D, D), loads(1, 1, 0, 0, turn=(9, 4, 7, 7))) == ("prefill-1", "decode-2")
 
 
 def test_a_unified_engine_is_taken_where_it_has_less_to_do_than_decode() -> None:
@@ -301,9 +302,25 @@ def test_in_flight_grows_without_forgetting() -> None:
     made.start(0)
     made.grow(3)
     made.grow(2)
-    assert (made.now, made.ever) == ([1, 0, 0], [1, 0, 0])
+    assert (made.now, made.turn) == ([1, 0, 0], [1, 0, 0])
     made.end(0)
-    assert (made.now, made.ever) == ([0, 0, 0], [1, 0, 0])
+    assert (made.now, made.turn) == ([0, 0, 0], [1, 0, 0])
+
+
+def test_an_engine_that_was_away_gets_its_share_and_not_everything() -> None:
+    three = pool(D, D, D, P)
+    counts = InFlight()
+    counts.grow(4)
+    for _ in range(1000):
+        counts.start(0)
+        counts.end(0)
+    used: Counter[str] = Counter()
+    for _ in range(30):
+        decode = choose(three, counts).decode
+        used[decode.id] += 1
+        counts.start(decode.slot)
+        counts.end(decode.slot)
+    assert set(used.values()) == {10}
 
 
 def test_equal_engines_share_evenly_and_the_same_history_gives_the_same_choices() -> None:
@@ -326,7 +343,8 @@ def test_equal_engines_share_evenly_and_the_same_history_gives_the_same_choices(
             while len(running) > 12 or (running and chance.random() < 0.3):
                 for slot in running.pop(chance.randrange(len(running))):
                     counts.end(slot)
-        assert max(counts.ever[:3]) - min(counts.ever[:3]) < 0.2 * max(counts.ever[:3])
+        used = Counter(prefill for prefill, _ in story if prefill is not None)
+        assert max(used.values()) - min(used.values()) < 0.2 * max(used.values())
         assert min(counts.now) >= 0
         return story
 

@@ -41,7 +41,8 @@ from disagg.wire.messages import EngineReport
 
 REFUSALS_UNTIL_DEAD = 2
 SIGN_OF_LIFE_S = 1.0
-HANG_S = 5.0
+HANG_S = 4.25
+"""Five seconds from the last move to the verdict: up to a quarter each for the agent's look, its heartbeat and our beat come on top."""
 HASTY_PROBE_S = 0.25
 HASTY_PATIENCE_S = 0.8
 HISTORY_LIMIT = 64

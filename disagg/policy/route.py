@@ -13,26 +13,29 @@ class InFlight:
 
     Attributes:
         now: legs that run at the moment.
-        ever: legs that were ever sent; breaks ties so that equal engines take turns.
+        turn: when an engine was used last, counted in legs; breaks ties so that equal engines take turns, and one that was away does not
+            get everything until it has caught up.
     """
 
-    __slots__ = ("ever", "now")
+    __slots__ = ("_legs", "now", "turn")
 
     def __init__(self) -> None:
         self.now: list[int] = []
-        self.ever: list[int] = []
+        self.turn: list[int] = []
+        self._legs = 0
 
     def grow(self, slots: int) -> None:
         """Makes room for engines up to this many slots."""
         missing = slots - len(self.now)
         if missing > 0:
             self.now += [0] * missing
-            self.ever += [0] * missing
+            self.turn += [0] * missing
 
     def start(self, slot: int) -> None:
         """A leg was sent to the engine in this slot."""
         self.now[slot] += 1
-        self.ever[slot] += 1
+        self._legs += 1
+        self.turn[slot] = self._legs
 
     def end(self, slot: int) -> None:
         """A leg of the engine in this slot ended."""
@@ -66,7 +69,7 @@ def pool_of(view: ClusterView, model: str) -> Pool:
 def choose(pool: Pool, in_flight: InFlight, *, exclude: Collection[EngineId] = (), unified_only: bool = False) -> Choice:
     """Picks the least loaded pair, or a unified engine where that is less loaded than the pair's decode engine.
 
-    Load is the number of legs that this router has in flight. Ties go to the engine that was used least so far, then to the lower slot.
+    Load is the number of legs that this router has in flight. Ties go to the engine that was not used for longest, then to the lower slot.
 
     Args:
         pool: the ready engines of the model.
@@ -96,17 +99,17 @@ def _least_pair(pool: Pool, in_flight: InFlight, exclude: Collection[EngineId]) 
         return _least(pool.prefill, in_flight, exclude), _least(pool.decode, in_flight, exclude)
     pairs = [_least_pair(island, in_flight, exclude) for island in pool.islands]
     whole = [(p, d) for p, d in pairs if p is not None and d is not None]
-    now, ever = in_flight.now, in_flight.ever
-    key = lambda pair: (now[pair[0].slot] + now[pair[1].slot], ever[pair[0].slot] + ever[pair[1].slot])  # noqa: E731
+    now, turn = in_flight.now, in_flight.turn
+    key = lambda pair: (now[pair[0].slot] + now[pair[1].slot], turn[pair[0].slot] + turn[pair[1].slot])  # noqa: E731
     return min(whole, key=key, default=(None, None))
 
 
 def _least(engines: tuple[EngineView, ...], in_flight: InFlight, exclude: Collection[EngineId]) -> EngineView | None:
     best: EngineView | None = None
     best_key = (0, 0)
-    now, ever = in_flight.now, in_flight.ever
+    now, turn = in_flight.now, in_flight.turn
     for engine in engines:
-        key = (now[engine.slot], ever[engine.slot])
+        key = (now[engine.slot], turn[engine.slot])
         if (best is None or key < best_key) and not (exclude and engine.id in exclude):
             best, best_key = engine, key
     return best

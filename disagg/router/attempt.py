@@ -72,6 +72,7 @@ class Attempt:
         finished: the client's side is over; `error` says why, None when it has the whole answer.
         stalled: the client reads too slowly; the waiting task drains it and calls `resume`.
         last_read_at: when decode's bytes were last seen.
+        connecting: both connections being made, None when that is over.
         retryable: it failed before any engine can have worked on it, or with an engine that was lost.
         lost: the engines that were lost under it.
         on_prefill_answer: called with prefill's whole body when it ended with success.
@@ -81,6 +82,7 @@ class Attempt:
     __slots__ = (
         "_waiter",
         "choice",
+        "connecting",
         "decode_connection",
         "decode_leg",
         "error",
@@ -126,6 +128,7 @@ class Attempt:
         self.last_read_at = 0.0
         self.retryable = False
         self.lost: list[EngineId] = []
+        self.connecting: asyncio.Future[list[UpstreamConnection | BaseException]] | None = None
         handoff.handle(Dispatched(), now=owner.clock())  # its command is to send, which the relay does once both engines are connected
 
     def send(
@@ -149,6 +152,12 @@ class Attempt:
             prefill.send(PrefillLeg(self), requests[0])
         decode.send(decode_leg, requests[1])
         self.handle(LegsSent())
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Of its engines."""
+        prefill, decode = self.choice.prefill, self.choice.decode
+        return (decode.slot,) if prefill is None else (prefill.slot, decode.slot)
 
     def handle(self, event: Event) -> None:
         """Feeds the machine and does what it says."""
@@ -230,6 +239,12 @@ class Attempt:
         """An engine is given up: its leg ends here, and the handoff decides what becomes of the other one."""
         prefill, decode = self.choice.prefill, self.choice.decode
         error = EngineError(f"the engine {engine} was lost: {cause}")
+        if self.connecting is not None and engine in {decode.id, prefill.id if prefill is not None else decode.id}:
+            self.lost.append(engine)
+            self.retryable = True
+            self.unconnected(DecodeFailed(error))
+            self.connecting.cancel()
+            return
         if prefill is not None and prefill.id == engine and self.prefill_connection is not None:
             self._lose(self.prefill_connection, engine)
             self.prefill_ended(PrefillFailed(error))

@@ -243,16 +243,21 @@ class Relay:
         prefill, decode = attempt.upstreams
         first = prefill.take() if prefill is not None else None
         second = decode.take()
+        slots = attempt.slots
+        for slot in slots:  # before the wait for a connection: who chooses meanwhile must see that these two are taken
+            self.in_flight.start(slot)
         if second is None or (first is None and prefill is not None):
-            first, second = await self._connect(attempt, first, second, tried)
+            try:
+                first, second = await self._connect(attempt, first, second, tried)
+            finally:
+                if second is None or attempt.finished:
+                    for slot in slots:
+                        self.in_flight.end(slot)
         if second is None:
             return
         body = (self._keys(attempt, job), job.rest)
         path = job.request.path
         requests = (prefill.request(path, *body) if prefill is not None else b"", decode.request(path, *body))
-        if attempt.choice.prefill is not None:
-            self.in_flight.start(attempt.choice.prefill.slot)
-        self.in_flight.start(attempt.choice.decode.slot)
         attempt.send(leg(attempt, number), (first, second), requests)
 
     def _keys(self, attempt: Attempt, job: Job) -> bytes:
@@ -293,12 +298,17 @@ class Relay:
             return connection
 
         wanted = [get(decode, second)] + ([get(prefill, first)] if prefill is not None else [])
+        attempt.connecting = asyncio.gather(*wanted, return_exceptions=True)
         try:
-            results = await asyncio.gather(*wanted, return_exceptions=True)
-        except BaseException:
-            for connection in got:
+            results = await attempt.connecting
+        except BaseException as error:
+            for connection in (*got, *(c for c in (first, second) if c is not None)):
                 connection.abandon()
+            if attempt.lost and isinstance(error, asyncio.CancelledError) and not _is_cancelled():
+                return None, None  # an engine was given up meanwhile: nobody cancelled us
             raise
+        finally:
+            attempt.connecting = None
         errors = [r for r in results if isinstance(r, BaseException)]
         if not errors and not attempt.finished:
             opened = [r for r in results if isinstance(r, UpstreamConnection)]
@@ -446,6 +456,11 @@ class _AbortLeg:
     def broken(self, error: EngineError, *, stale: bool) -> None:
         """The machine repeats an abort as long as the leg lives."""
         self._aborts.pop(self._connection, None)
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _waterfall(record: Record) -> dict[str, Any]:

@@ -197,11 +197,13 @@ async def test_an_engine_hangs_while_it_answers(cluster: Cluster, victim: str, f
         load.stop()
         await watch.until(lambda g: g.all_ready, f"{victim} was started again", 30)
     sent = [a for a in await load.attempts() if victim in a.engines]
-    if HOSTS[victim] == "prefill":
-        at = min(a.began_at for a in sent if a.ended_at - a.began_at > HANG_S)  # it hangs at the next prompt
-    assert watch.first(at, lambda g: g.state(victim) != "ready") <= HANG_S + NOTICED_S + MARGIN_S
-    assert max(a.began_at for a in sent) - at <= HANG_S + NOTICED_S + MARGIN_S
-    assert max(a.ended_at for a in sent) - at <= HANG_S + NOTICED_S + MARGIN_S
+    slack_s = MARGIN_S
+    if HOSTS[victim] == "prefill":  # it hangs when it comes to the next prompt, some time after that was sent
+        at = min(a.began_at for a in sent if a.ended_at - a.began_at > HANG_S / 2)
+        slack_s += NOTICED_S
+    assert watch.first(at, lambda g: g.state(victim) != "ready") <= HANG_S + slack_s
+    assert max(a.began_at for a in sent) - at <= HANG_S + slack_s
+    assert max(a.ended_at for a in sent) - at <= HANG_S + slack_s
     if HOSTS[victim] == "decode":
         assert [a for a in load.answers if a not in struck and not cluster.is_whole(a)] == []
     else:
