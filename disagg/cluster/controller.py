@@ -53,6 +53,7 @@ from disagg.cluster.detector import (
     Troubled,
 )
 from disagg.cluster.prober import Prober
+from disagg.cluster.transport import Bucket
 from disagg.errors import DisaggError, OrderError
 from disagg.model import (
     Choice,
@@ -69,12 +70,14 @@ from disagg.model import (
 )
 from disagg.wire.messages import EngineReport
 
-BEAT_S = 0.05
+BEAT_S = 0.1
 LAG_S = 0.5
-LOADS_SHOWN_S = 0.1
+LOADS_SHOWN_S = 0.2
 """How old the loads in the view may be; a change of state is published at once."""
 FACTS_FOR_S = 10.0  # an engine that was restarted between two probes may serve another model: it is asked again now and then
 CHANGES_KEPT = 64
+LINES_PER_S = 1.0
+LINES_BURST = 100.0
 ENGINES_PER_HOST = 64
 
 
@@ -139,6 +142,7 @@ class Controller:
         self._slots = len(addresses)
         self._hosts: dict[HostId, HostView] = {}
         self._drained: dict[EngineId, str] = {}
+        self._lines: dict[HostId, Bucket] = {}
         self._facts_until: dict[EngineId, float] = {}
         self._running: dict[EngineId, tuple[Change, int]] = {}  # with the pid that it began with
         self.changes: dict[int, Change] = {}
@@ -293,9 +297,18 @@ class Controller:
         del self._detectors[detector.id]
         self._of(detector.view.host).remove(detector)
         self._drained.pop(detector.id, None)
-        self._log.info("engine gone", engine=detector.id, reason=cause)
+        self.tell(detector.view.host, "engine gone", engine=detector.id, reason=cause)
         if self._data is not None:
             self._data.engine_lost(detector.id, cause)
+
+    def tell(self, host: HostId, event: str, **facts: Any) -> None:
+        """Logs what happens to an engine; a host that makes things happen without end is not worth a line each time."""
+        bucket = self._lines.get(host)
+        now = self._loop.time()
+        if bucket is None:
+            bucket = self._lines[host] = Bucket(LINES_PER_S, LINES_BURST, now)
+        if bucket.take(now):
+            self._log.info(event, **facts)
 
     # --- machines at work
 
@@ -316,7 +329,7 @@ class Controller:
     def _show(self, before: EngineView, view: EngineView) -> None:
         """A new state, place or fact is shown at once; new loads with the next beat that is due."""
         if view.state is not before.state:
-            self._log.info("engine changed", engine=view.id, was=before.state.value, now=view.state.value, reason=view.reason)
+            self.tell(view.host, "engine changed", engine=view.id, was=before.state.value, now=view.state.value, reason=view.reason)
         if (view.state, view.address, view.facts) != (before.state, before.address, before.facts) or view.id not in self._shown:
             self._publish()
         elif self._stale_at is None:

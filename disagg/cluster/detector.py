@@ -288,11 +288,7 @@ class EngineDetector:
         if report.role is not self._view.address.role:
             self._mode = ""
         self._agent = report
-        address = EngineAddress(
-            report.id, report.role, report.host, report.port, report.bootstrap_port, api_key=report.api_key, pid=report.pid
-        )
-        if address != self._view.address:  # the same object as long as it is the same place: connections hang on it
-            self._view = msgspec.structs.replace(self._view, address=address)
+        self._note_place(report)
         if report.facts.model:
             self._take(report.facts, report.load)
         if self._agent_is_heard:
@@ -300,6 +296,16 @@ class EngineDetector:
             self._watch(report.counter, report.working and not self._is_exempt, now)
         self._look_if_wanted(now)
         return []
+
+    def _note_place(self, report: EngineReport) -> None:
+        """The address stays the same object as long as it is the same place: connections hang on it."""
+        known = self._view.address
+        place = (report.role, report.host, report.port, report.bootstrap_port, report.api_key, report.pid)
+        if place == (known.role, known.host, known.port, known.bootstrap_port, known.api_key, known.pid):
+            return
+        role, host, port, bootstrap_port, api_key, pid = place
+        address = EngineAddress(report.id, role, host, port, bootstrap_port, api_key=api_key, pid=pid)
+        self._view = msgspec.structs.replace(self._view, address=address)
 
     def _on_host(self, event: HostJudged, now: float) -> list[Command]:
         self._host_state, self._host_reason = event.state, event.reason

@@ -192,10 +192,10 @@ class Head:
         if tuple(faults) != self._faults.get(host, ()):
             self._faults[host] = tuple(faults)
             for fault in faults:
-                self._log.error("an engine was refused", host=host, reason=fault)
+                self._complaints.add("refused_engine", f"{host}: {fault}")
 
     def _publish(self, view: HostView) -> None:
-        self._log.info("host changed", host=view.id, state=view.state.value, reason=view.reason)
+        self._controller.tell(view.id, "host changed", host=view.id, state=view.state.value, reason=view.reason)
         if view.state is not HostState.ONLINE:
             self._void_orders(view.id, f"its host is {view.state}: {view.reason}")
         gone = view.state is HostState.LEFT and not self._members.engines_stay(view.id)
@@ -239,10 +239,10 @@ class Head:
 
     def hosts(self) -> list[HostRow]:
         """Every registered host and how it is."""
-        return [self._row(r.name, r.roles, r.public_key) for r in self._registrar.hosts()]
+        views = {view.id: view for view in self._members.hosts}
+        return [self._row(r.name, r.roles, r.public_key, views.get(HostId(r.name))) for r in self._registrar.hosts()]
 
-    def _row(self, name: str, roles: tuple[Role, ...], key: str) -> HostRow:
-        view = next((h for h in self._members.hosts if h.id == name), None)
+    def _row(self, name: str, roles: tuple[Role, ...], key: str, view: HostView | None) -> HostRow:
         if view is None:
             return HostRow(name, roles, key, "away", "it has not said hello since this router started")
         reason = "; ".join((view.reason, *self._faults.get(view.id, ()), *self._refused_lately(view.id)))
