@@ -301,12 +301,12 @@ class Controller:
         if self._data is not None:
             self._data.engine_lost(detector.id, cause)
 
-    def tell(self, host: HostId, event: str, **facts: Any) -> None:
+    def tell(self, about: HostId, event: str, **facts: Any) -> None:
         """Logs what happens to an engine; a host that makes things happen without end is not worth a line each time."""
-        bucket = self._lines.get(host)
+        bucket = self._lines.get(about)
         now = self._loop.time()
         if bucket is None:
-            bucket = self._lines[host] = Bucket(LINES_PER_S, LINES_BURST, now)
+            bucket = self._lines[about] = Bucket(LINES_PER_S, LINES_BURST, now)
         if bucket.take(now):
             self._log.info(event, **facts)
 
