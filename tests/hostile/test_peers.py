@@ -23,6 +23,8 @@ from disagg.wire.messages import Heartbeat, Hello, Refused, Register
 from tests.hostile.conftest import Scene
 from tests.rig.hosts import LogLine, wall
 
+pytestmark = pytest.mark.slow
+
 HEADER = b"dsg\x01\x00"
 ATTACK_S = 2.5
 Say = Callable[[], bytes]

@@ -14,6 +14,8 @@ from tests.hostile.conftest import Scene
 from tests.hostile.test_peers import until
 from tests.rig.hosts import joined, running, wall
 
+pytestmark = pytest.mark.slow
+
 
 def reason_told(scene: Scene, since: float, words: str) -> Callable[[], bool]:
     """Whether the router's log gives this reason."""

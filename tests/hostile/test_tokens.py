@@ -14,6 +14,8 @@ from disagg.security.token import Token
 from tests.hostile.conftest import HostProcess, Scene
 from tests.rig.hosts import wait_for, wall
 
+pytestmark = pytest.mark.slow
+
 Start = Callable[..., HostProcess]
 
 
