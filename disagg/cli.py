@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -305,17 +306,30 @@ def status(
     """Show hosts and engines: state, load, and why each is as it is."""
     from disagg import ask  # noqa: PLC0415
 
-    while True:
+    if not watch:
         cluster = ask.get(admin, "/admin/cluster")
-        if watch and not as_json:
-            _say("\x1b[2J\x1b[H" + time.strftime("%H:%M:%S"))
         _say(json.dumps(cluster)) if as_json else _print_cluster(cluster)
-        if not watch:
-            return
-        try:
+        return
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            _watch_once(admin, as_json=as_json)
             time.sleep(1.0)
-        except KeyboardInterrupt:
-            return
+
+
+def _watch_once(admin: str, *, as_json: bool) -> None:
+    """A router that is being restarted does not end the watch."""
+    from disagg import ask  # noqa: PLC0415
+
+    try:
+        cluster = ask.get(admin, "/admin/cluster")
+    except DisaggError as error:
+        print(f"disagg: {error}", file=sys.stderr)
+        return
+    if as_json:
+        _say(json.dumps(cluster))
+    else:
+        _say("\x1b[2J\x1b[H" + time.strftime("%H:%M:%S"))
+        _print_cluster(cluster)
 
 
 @app.command()

@@ -219,6 +219,10 @@ def _engine_entries(given: Any, where: str) -> tuple[EngineEntry, ...]:
     wrong = next((e.name for e in entries if len(e.ports) not in {0, 2}), None)
     if wrong is not None:
         raise ConfigError(f"{where} is not allowed: {wrong!r} needs two ports, for HTTP and for bootstrap, or none")
+    for what, numbers in (("port", [p for e in entries for p in e.ports if p]), ("GPU", [g for e in entries for g in e.gpus])):
+        again = next((n for n in numbers if numbers.count(n) > 1), None)
+        if again is not None:
+            raise ConfigError(f"{where} is not allowed: {what} {again} stands there twice")
     return entries
 
 
@@ -288,6 +292,10 @@ def _check_addresses(config: Config, where: _Where) -> None:
     check_advertise(where("cluster", "advertise"), config.cluster.advertise)
     if config.engine.attach:
         parse_attach(where("engine", "attach"), config.engine.attach)
+        if config.engines:
+            raise ConfigError(
+                f"{where('engine', 'attach')} is for one engine that runs already, and [[engines]] for engines to start: give one of them"
+            )
     engine_addresses(config.router, where)
 
 

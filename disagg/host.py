@@ -114,7 +114,9 @@ async def host_running(config: Config, plan: HostPlan, log: structlog.typing.Fil
     async with contextlib.AsyncExitStack() as stack:
         given = load_given_key(Path(config.security.key_file), os.environ) if config.security.key_file else None
         key = given or load_or_make_key(folder / "key")[0]
-        stack.enter_context(_only_one(folder, plan.name))
+        stack.enter_context(
+            only_one(folder, f"another agent runs on this machine under the name {plan.name}: stop it, or give this one another --name")
+        )
         identity = _identity(folder, plan, key)
         prober = Prober(PROBE_PATIENCE_S)
         stack.push_async_callback(prober.close)
@@ -134,6 +136,8 @@ async def host_running(config: Config, plan: HostPlan, log: structlog.typing.Fil
         try:
             yield host
         finally:
+            if ended.done() and not plan.is_child:  # the router refused this host: that is no reason to end what serves
+                agent.forget_engines()
             await agent.stop_engines(config.engine.stop_timeout_s)
             agent.leave(engines_stay=False)
 
@@ -150,20 +154,18 @@ async def _held(work: Coroutine[Any, Any, None], ended: asyncio.Future[None]) ->
 
 
 @contextlib.contextmanager
-def _only_one(folder: Path, name: str) -> Iterator[None]:
-    """Two agents with one state directory would take each other for a clone.
+def only_one(folder: Path, otherwise: str) -> Iterator[None]:
+    """Holds a folder of the state for this process alone: two would undo each other's changes.
 
     Raises:
-        StartError: another one runs.
+        StartError: somebody else holds it; the sentence is `otherwise`.
     """
     create_private(folder / "lock", b"")  # once: the lock hangs on the file and not on its name
     with (folder / "lock").open("rb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise StartError(
-                f"another agent runs on this machine under the name {name}: stop it, or give this one another --name"
-            ) from error
+            raise StartError(otherwise) from error
         yield
 
 
@@ -228,6 +230,7 @@ class _Parts:
         return EngineKeeper(
             spec.id,
             spec.role,
+            host=self._plan.name,
             launch_for=self._launcher_of(spec),
             launcher=self._launcher,
             folder=self._plan.root / "engines",
@@ -313,6 +316,8 @@ async def serve_host(config: Config, role: Role, token: str, say: Say) -> None:
     async with host_running(config, plan, log) as host:
         for keeper in host.keepers:
             say(f"  {keeper.id}")
+        if _is_loopback(plan.advertise):
+            say("  only this machine can reach these engines; for a cluster of several give --join the router's real address")
         stop.notifier.ready(f"{len(host.keepers)} engines, joining {_place(plan.join)}")
         say(f"Started in {time.monotonic() - began:.1f} s; `disagg status` on the router's host says when the engines are ready.")
         settle_memory()
@@ -320,8 +325,8 @@ async def serve_host(config: Config, role: Role, token: str, say: Say) -> None:
         if host.task.done():
             await host.task
         async with stop.watched():
+            await host.agent.drain(config.cluster.drain_timeout_s, stop.urgent)
             if not engines_stay:
-                await host.agent.drain(config.cluster.drain_timeout_s, stop.urgent)
                 await host.agent.stop_engines(URGENT_STOP_S if stop.urgent.is_set() else config.engine.stop_timeout_s)
         host.agent.leave(engines_stay=engines_stay)
         if engines_stay:
@@ -337,15 +342,19 @@ def make_plan(config: Config, role: Role, token: str) -> HostPlan:
     """
     if not config.cluster.join:
         raise ConfigError(f"a {role} host needs the router's address: give it with --join HOST:PORT, or as cluster.join in the file")
-    if config.engine.attach and config.engines:
-        raise ConfigError("engine.attach is for one engine that runs already, and [[engines]] for engines to start: give one of them")
     join = parse_join("cluster.join", config.cluster.join)
+    advertise = config.cluster.advertise or own_address(*join)
+    if config.engine.attach and _is_loopback(parse_attach("--attach", config.engine.attach)[0]) and not _is_loopback(advertise):
+        raise ConfigError(
+            f"engine.attach = {config.engine.attach!r} is an address that only this machine can reach, and the router is on another:"
+            f" start the engine at {advertise} and give that"
+        )
     name = config.cluster.name or default_name(socket.gethostname(), role)
     given = token or _token_in_file(config.security.token_file) or os.environ.get(TOKEN_VARIABLE, "").strip()
     return HostPlan(
         name=name,
         join=join,
-        advertise=config.cluster.advertise or own_address(*join),
+        advertise=advertise,
         engines=_specs(config.engines, name, role),
         root=state_root(config.security.state_dir or None, os.environ),
         token=Token.decode(given) if given else None,
@@ -396,6 +405,10 @@ def own_address(host: str, port: int) -> str:
             "the route to the router leads to 127.0.1.1, which no other host can reach: give this host's address with --advertise"
         )
     return found
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address in {"::1", "localhost"}
 
 
 def _place(join: tuple[str, int]) -> str:

@@ -25,7 +25,7 @@ from disagg.cluster.transport import ControlServer
 from disagg.config import Config, RouterSection, engine_addresses, parse_listen
 from disagg.errors import OrderError, StartError
 from disagg.handoff import Limits
-from disagg.host import EngineSpec, Host, HostPlan, host_running, model_of
+from disagg.host import EngineSpec, Host, HostPlan, host_running, model_of, only_one
 from disagg.ids import Ids
 from disagg.life import Say, Stop, owned_tasks, raise_file_limit, run, settle_memory, supervised
 from disagg.model import EngineAddress, EngineId, EngineState, EngineView, Role
@@ -42,6 +42,8 @@ __all__ = ["Router", "router_running", "run", "run_up", "serve_router"]
 
 START_POLL_S = 0.02
 DRAIN_POLL_S = 0.02
+CUT_LIMIT_S = 0.5
+"""How long the last words to clients may take."""
 
 
 # --- the router
@@ -62,6 +64,7 @@ class Router:
         metrics: RouterMetrics,
         control: ControlServer | None,
         root: Path | None,
+        relay: Relay,
     ) -> None:
         self.config = config
         self.controller = controller
@@ -69,6 +72,7 @@ class Router:
         self.metrics = metrics
         self.control = control
         self._root = root
+        self._relay = relay
 
     def make_token(self, roles: Sequence[Role]) -> Token:
         """A token with which one host may join within a minute."""
@@ -82,6 +86,11 @@ class Router:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.config.cluster.drain_timeout_s):
                 while self.metrics.inflight and not stop.urgent.is_set():  # noqa: ASYNC110  # the hot path sets no event
+                    await asyncio.sleep(DRAIN_POLL_S)
+        self._relay.give_up("this router is shutting down and cannot wait for this answer any longer")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CUT_LIMIT_S):
+                while self.metrics.inflight:  # noqa: ASYNC110  # as above
                     await asyncio.sleep(DRAIN_POLL_S)
 
 
@@ -153,7 +162,7 @@ async def router_running(
         await _listen_public(stack, config, listener)
         group.create_task(controller.run(), name="controller")
         relay.start()
-        yield Router(config, controller, listener, metrics, control, root)
+        yield Router(config, controller, listener, metrics, control, root, relay)
 
 
 def _control_plane(
@@ -168,6 +177,9 @@ def _control_plane(
 ) -> tuple[Head | None, ControlServer | None]:
     if root is None:
         return None, None
+    stack.enter_context(
+        only_one(root / "router", f"another router runs with the state directory {root}: stop it, or give another --state-dir")
+    )
     key = _router_key(config, root, say)
     registrar = Registrar(root, wall=wall, log=log)
     host, port = parse_listen("router.control", config.router.control)
@@ -218,6 +230,7 @@ class Orders:
         self.flip = controller.flip
         self.restart = controller.restart
         self.story = controller.story
+        self.beware = controller.beware
 
     def change(self, number: int) -> dict[str, Any]:
         """How a change fares."""

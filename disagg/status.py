@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 WELL = frozenset({"ready", "online"})
+_WORTH_SAYING = (", but ", "; ")
+"""What joins something that is not well to the reason of something that is."""
 
 
 def table(cluster: Mapping[str, Any]) -> str:
@@ -33,7 +35,7 @@ def _row(engine: Mapping[str, Any]) -> tuple[str, ...]:
 def _why(thing: Mapping[str, Any]) -> str:
     """The reason where a person needs one."""
     reason = str(thing["reason"])
-    return "" if thing["state"] in WELL and ", but " not in reason else reason
+    return "" if thing["state"] in WELL and not any(mark in reason for mark in _WORTH_SAYING) else reason
 
 
 def hosts_table(hosts: Sequence[Mapping[str, Any]]) -> str:
@@ -45,6 +47,11 @@ def hosts_table(hosts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [tuple(head), *(tuple(row) for row in rows)]
+    lines = [tuple(map(_printable, line)) for line in (head, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _printable(text: str) -> str:
+    """What hosts say of themselves must not move the cursor of who reads it."""
+    return "".join(c if c.isprintable() else "?" for c in text)

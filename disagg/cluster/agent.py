@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 import structlog
+import zmq
 
 from disagg import __version__
 from disagg.cluster.keeper import Keeper
@@ -83,6 +84,10 @@ class _LinkLostError(DisaggError):
     """This connection is no good any more; the next one may be."""
 
 
+class _NotYetError(_LinkLostError):
+    """Another incarnation of this host holds its seat."""
+
+
 class _DeniedError(_LinkLostError):
     """The router does not know the key that this connection was made with."""
 
@@ -128,6 +133,7 @@ class Agent:
         self._stopping = ""
         self._grumbled_at = float("-inf")
         self._tasks: asyncio.TaskGroup | None = None
+        self._admitted = asyncio.Event()  # the router took this host, or took it once and cannot be asked now
         self.joined = asyncio.Event()
         self.was_joined = False
 
@@ -159,6 +165,7 @@ class Agent:
                 self._tasks = tasks
                 for keeper in self._keepers.values():  # before the link: a hello must not report a running engine as none
                     await keeper.begin()
+                tasks.create_task(self._start_engines(), name="start the engines")
                 for keeper in self._keepers.values():
                     tasks.create_task(keeper.run(), name=f"keep {keeper.id}")
                 tasks.create_task(self._keep_link(), name="control link")
@@ -166,6 +173,12 @@ class Agent:
             raise StartError(str(group.exceptions[0])) from None
         finally:
             self._tasks = None
+
+    async def _start_engines(self) -> None:
+        """Not for a host that the router does not want: a large model loads for minutes, and a refused host would do it again and again."""
+        await self._admitted.wait()
+        for keeper in self._keepers.values():
+            keeper.start()
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         """Runs a coroutine as a task of this agent's."""
@@ -197,7 +210,10 @@ class Agent:
         """Ends the engines that are this host's to end, all at once."""
         async with asyncio.TaskGroup() as tasks:
             for keeper in self._keepers.values():
-                tasks.create_task(keeper.stop(limit_s), name=f"stop {keeper.id}")
+                if keeper.adopted and not self.was_joined:
+                    keeper.let_go()  # who never held the seat must not end what may belong to the one who does
+                else:
+                    tasks.create_task(keeper.stop(limit_s), name=f"stop {keeper.id}")
 
     def leave(self, *, engines_stay: bool) -> None:
         """Says goodbye and closes the link; lets the engines go on where they stay."""
@@ -210,7 +226,9 @@ class Agent:
             self._close(linger_ms=GOODBYE_MS)
 
     def forget_engines(self) -> None:
-        """The engines are not this agent's any more: stopping has nothing to stop."""
+        """Lets the engines go on: stopping has nothing to stop any more."""
+        for keeper in self._keepers.values():
+            keeper.let_go()
         self._keepers.clear()
 
     # --- the link
@@ -222,6 +240,8 @@ class Agent:
                     await self._register(self._identity.token_key)
                 await self._stay_joined()
             except _LinkLostError as error:
+                if self._registered and not isinstance(error, _DeniedError | _NotYetError):
+                    self._admitted.set()
                 self._grumble(str(error))
             finally:
                 self.joined.clear()
@@ -235,14 +255,17 @@ class Agent:
             inbox.append(found)
             self._stir.set()
 
-        self._client = ControlClient(
-            self._host,
-            self._port,
-            key=key,
-            router_key=self._identity.router_key,
-            on_frame=lambda frame: deliver(_read(frame)),
-            on_denied=lambda why: deliver(_DeniedError(why)),
-        )
+        try:
+            self._client = ControlClient(
+                self._host,
+                self._port,
+                key=key,
+                router_key=self._identity.router_key,
+                on_frame=lambda frame: deliver(_read(frame)),
+                on_denied=lambda why: deliver(_DeniedError(why)),
+            )
+        except zmq.ZMQError as error:
+            raise _LinkLostError(f"no connection can be made: {error.strerror}") from error
 
     def _close(self, *, linger_ms: int = 0) -> None:
         client, self._client = self._client, None
@@ -338,18 +361,19 @@ class Agent:
         )
         if not self.was_joined:
             raise StartError(sentence) from error
-        raise _LinkLostError(sentence) from error
+        raise _DeniedError(sentence) from error
 
     def _welcomed(self, answer: ToHost) -> None:
         if isinstance(answer, Refused):
             if answer.final:
                 raise StartError(f"the router refused this host: {answer.reason}")
-            raise _LinkLostError(f"the router refused this host for now: {answer.reason}")
+            raise _NotYetError(f"the router refused this host for now: {answer.reason}")
         if not isinstance(answer, Welcome):
             raise _LinkLostError("the router did not answer a hello with one")
         self._interval_s = min(max(answer.heartbeat_interval_s, 0.05), 5.0)
         self._acked_at = self._loop.time()
         self.was_joined = True
+        self._admitted.set()
         self.joined.set()
         self._grumbled_at = float("-inf")
         self._log.info("joined", router=f"{self._host}:{self._port}", release=answer.release)

@@ -76,8 +76,11 @@ LOADS_SHOWN_S = 0.2
 """How old the loads in the view may be; a change of state is published at once."""
 FACTS_FOR_S = 10.0  # an engine that was restarted between two probes may serve another model: it is asked again now and then
 CHANGES_KEPT = 64
+UNDRAIN_SEEN_S = 1.0
 LINES_PER_S = 1.0
 LINES_BURST = 100.0
+ADDITIONS_PER_S = 0.1
+ADDITIONS_BURST = 128.0
 ENGINES_PER_HOST = 64
 
 
@@ -143,6 +146,7 @@ class Controller:
         self._hosts: dict[HostId, HostView] = {}
         self._drained: dict[EngineId, str] = {}
         self._lines: dict[HostId, Bucket] = {}
+        self._additions: dict[HostId, Bucket] = {}
         self._facts_until: dict[EngineId, float] = {}
         self._running: dict[EngineId, tuple[Change, int]] = {}  # with the pid that it began with
         self.changes: dict[int, Change] = {}
@@ -269,21 +273,28 @@ class Controller:
         seen = set()
         for report in list(reports)[:ENGINES_PER_HOST]:
             detector = self._detectors.get(report.id) or self._add(host, report)
+            if detector is None:
+                faults.append("it names new engines faster than anybody can start them")
+                continue
             if detector.view.host != host:
                 faults.append(f"the engine id {report.id} is taken by {detector.view.host or 'an engine that was given by URL'}")
                 continue
             seen.add(report.id)
             self._feed(detector, Reported(report))
-        for detector in list(self._of(host)):
-            if detector.id not in seen:
-                self._drop(detector, "its host does not have it any more")
-                self._publish()
+        gone = [detector for detector in self._of(host) if detector.id not in seen]
+        for detector in gone:
+            self._drop(detector, "its host does not have it any more")
+        if gone:
+            self._publish()
         return faults
 
     def _of(self, host: HostId) -> list[EngineDetector]:
         return self._by_host.get(host, [])
 
-    def _add(self, host: HostId, report: EngineReport) -> EngineDetector:
+    def _add(self, host: HostId, report: EngineReport) -> EngineDetector | None:
+        """A new engine; None when this host has named too many lately. Each takes a slot for as long as the router lives."""
+        if not self._bucket(self._additions, host, ADDITIONS_PER_S, ADDITIONS_BURST).take(self._loop.time()):
+            return None
         address = EngineAddress(report.id, report.role, report.host, report.port, report.bootstrap_port)
         slot = self._slots
         self._slots += 1
@@ -303,12 +314,14 @@ class Controller:
 
     def tell(self, about: HostId, event: str, **facts: Any) -> None:
         """Logs what happens to an engine; a host that makes things happen without end is not worth a line each time."""
-        bucket = self._lines.get(about)
-        now = self._loop.time()
-        if bucket is None:
-            bucket = self._lines[about] = Bucket(LINES_PER_S, LINES_BURST, now)
-        if bucket.take(now):
+        if self._bucket(self._lines, about, LINES_PER_S, LINES_BURST).take(self._loop.time()):
             self._log.info(event, **facts)
+
+    def _bucket(self, buckets: dict[HostId, Bucket], host: HostId, rate: float, burst: float) -> Bucket:
+        found = buckets.get(host)
+        if found is None:
+            found = buckets[host] = Bucket(rate, burst, self._loop.time())
+        return found
 
     # --- machines at work
 
@@ -375,7 +388,14 @@ class Controller:
         if self._tasks is None:
             work.close()  # nobody watches any more
         else:
-            self._tasks.create_task(work, name=name)
+            self._tasks.create_task(self._supervised(work, name), name=name)
+
+    async def _supervised(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """A fault of ours in one of these must not end the router."""
+        try:
+            await work
+        except Exception:  # noqa: BLE001  # counted by its line in the log
+            self._log.exception("a task of the controller failed", task=name)
 
     # --- what people order
 
@@ -408,10 +428,17 @@ class Controller:
         was = self._drained.pop(view.id, None)
         self._overlay(view.id)
         await self._tell_agent(view, "undrain", cause)
-        now = self.engine(engine)
+        now = await self._settled(engine)
         if was is None and view.state is not EngineState.DRAINING:
             return f"{engine} was not drained; it is {now.state}: {now.reason}"
         return f"{engine} is back in service; it is {now.state}: {now.reason}"
+
+    async def _settled(self, engine: str) -> EngineView:
+        """The engine once its agent has said that it is not drained any more."""
+        until = self._loop.time() + UNDRAIN_SEEN_S
+        while self.engine(engine).state is EngineState.DRAINING and self._loop.time() < until:  # noqa: ASYNC110
+            await asyncio.sleep(BEAT_S / 2)
+        return self.engine(engine)
 
     def _load_text(self, view: EngineView) -> str:
         legs = 0 if self._data is None else self._data.legs_of(view.slot)
@@ -447,6 +474,12 @@ class Controller:
         if Role.UNIFIED in {role, view.address.role}:
             raise OrderError(f"{engine} cannot be flipped from {view.address.role} to {role}: only prefill and decode change places", 409)
         return self._begin(view, role, live=True, cause=cause)
+
+    def beware(self, engine: str) -> str:
+        """What a person should know before this engine is taken out: empty, or a clause."""
+        view = self.engine(engine)
+        peers = [e for e in self.view.engines if e.state is EngineState.READY and e.address.role is view.address.role and e.id != view.id]
+        return "" if peers else f"; beware: it is the last ready {view.address.role} engine"
 
     def restart(self, engine: str, cause: str) -> int:
         """Begins to restart an engine; returns the number of the change. Raises OrderError."""

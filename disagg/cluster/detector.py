@@ -504,6 +504,8 @@ class EngineDetector:
             return self._order, self._order_reason or "ordered"
         if agent is not None and agent.state in {EngineState.DRAINING, EngineState.SWITCHING}:
             return agent.state, agent.reason[:REASON_LIMIT] or "its agent says so"
+        if self._agent is not None and ", but " in self._agent.reason:
+            return EngineState.READY, self._agent.reason[:REASON_LIMIT]
         return EngineState.READY, "it answers"
 
     def _is_lost(self) -> bool:

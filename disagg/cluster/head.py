@@ -36,7 +36,7 @@ from disagg.cluster.members import (
 )
 from disagg.cluster.registrar import Registrar
 from disagg.cluster.transport import Complaints
-from disagg.errors import OrderError
+from disagg.errors import OrderError, StartError
 from disagg.model import EngineId, HostId, HostState, HostView, Role
 from disagg.wire.codec import FrameError, UnknownKindError, encode, to_router
 from disagg.wire.messages import Ack, Answer, Goodbye, Heartbeat, Hello, Message, Order, Refused, Register, ToRouter, Welcome
@@ -259,12 +259,20 @@ class Head:
         Raises:
             OrderError: nobody is registered under this name.
         """
-        if not await self._registrar.revoke(name):
+        try:
+            found = await self._registrar.revoke(name)
+        except StartError as error:
+            self._feed(HostRevoked(HostId(name)))
+            raise OrderError(
+                f"{name} is shut out until this router restarts, but that could not be stored: {error}; revoke it again"
+            ) from error
+        if not found:
             known = ", ".join(r.name for r in self._registrar.hosts()) or "none"
             raise OrderError(f"no host is registered as {name!r}; there is {known}", status=404)
         self._feed(HostRevoked(HostId(name)))
         self._refusals.pop(HostId(name), None)
-        return f"{name} is shut out: its engines get no more work and its key opens nothing; it can come back with a new token only"
+        what = "what runs on its engines ends, they get no more work, and its key opens nothing"
+        return f"{name} is shut out: {what}; it can come back with a new token only"
 
     def counts(self) -> dict[str, int]:
         """Messages by kind, and what was refused, by why."""

@@ -62,9 +62,14 @@ SpawnTask = Callable[[Coroutine[Any, Any, None], str], Any]
 
 
 class Keeper(Protocol):
-    """What an agent needs of an engine of its host."""
+    """What an agent needs of an engine of its host.
+
+    Attributes:
+        adopted: an earlier agent started it, or somebody else did.
+    """
 
     id: EngineId
+    adopted: bool
 
     def report(self) -> EngineReport:
         """How it is."""
@@ -73,7 +78,10 @@ class Keeper(Protocol):
         """It said after this moment that nothing runs on it, or it cannot run anything."""
 
     async def begin(self) -> None:
-        """Finds what is there, or starts it: after this the reports are true."""
+        """Finds what is there: after this the reports are true."""
+
+    def start(self) -> None:
+        """Starts it, where nothing was found. Called once the router has taken this host, or cannot be asked."""
 
     async def run(self) -> None:
         """Keeps it until cancelled."""
@@ -214,6 +222,7 @@ class EngineKeeper(_Watched):
     """Keeps an engine that this host starts.
 
     Args:
+        host: the name of this host, for its record.
         launch_for: how to start it in a role; makes a fresh API key each time.
         folder: where its record is kept.
         life: the machine.
@@ -226,6 +235,7 @@ class EngineKeeper(_Watched):
         engine: EngineId,
         role: Role,
         *,
+        host: str,
         launch_for: Callable[[Role], EngineLaunch],
         launcher: Launcher,
         folder: Path,
@@ -236,6 +246,8 @@ class EngineKeeper(_Watched):
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         super().__init__(engine, role, prober, on_change, log)
+        self.adopted = False
+        self._host = host
         self._launch_for = launch_for
         self._launcher = launcher
         self._folder = folder
@@ -246,7 +258,8 @@ class EngineKeeper(_Watched):
         self._address: EngineAddress | None = None
         self._start_ticks = 0
         self._last_words = ""
-        self._leaving = False
+        self._leaving: RunningEngine | None = None
+        self._outdated = ""
         self._wake = asyncio.Event()
         self._ended = asyncio.Event()
 
@@ -258,8 +271,12 @@ class EngineKeeper(_Watched):
     # --- life
 
     async def begin(self) -> None:
-        """Adopts what is there or starts it."""
-        if not await self._adopt():
+        """Adopts what is there."""
+        self.adopted = await self._adopt()
+
+    def start(self) -> None:
+        """Starts it, where nothing was adopted."""
+        if not self.adopted:
             self._feed(StartAsked("its agent started"))
 
     async def run(self) -> None:
@@ -281,10 +298,16 @@ class EngineKeeper(_Watched):
         record = await asyncio.to_thread(self._load_record)
         if record is None:
             return False
+        if record.ready_file != self._launch_for(record.role).ready_file:
+            self._log.warning("the state directory is a copy of another one: the engine that it names belongs to that one", pid=record.pid)
+            return False
         process = await self._launcher.adopt(record)
         if process is None:
             return False
-        self._role = record.role
+        self._role, self._drained = record.role, record.drained
+        if self._launch_for(record.role).argv != record.argv:
+            self._outdated = f", but with older settings than it would be started with now: `disagg restart {self.id}`"
+            self._log.warning("an adopted engine runs with older settings than it would be started with now", pid=record.pid)
         self._watch(process, record)
         self._feed(Adopted(record.pid, ready=record.ready is not None))
         if record.ready is not None:
@@ -324,7 +347,7 @@ class EngineKeeper(_Watched):
             case Spawn():
                 self._spawn(self._start(), f"start {self.id}")
             case Terminate():
-                if self._process is not None and not self._leaving:
+                if self._process is not None and self._process is not self._leaving:
                     self._process.terminate()
             case Kill(cause=cause):
                 self._log.error("killing the engine", cause=cause)
@@ -344,6 +367,7 @@ class EngineKeeper(_Watched):
             self._feed(SpawnFailed(str(error)))
             return
         record = process.record(api_key=launch.api_key)
+        self._outdated = ""
         self._watch(process, record)
         self._feed(Spawned(process.pid))
         await self._save(record)
@@ -367,6 +391,7 @@ class EngineKeeper(_Watched):
             self._feed(BecameReady(process.pid))
 
     async def _save(self, record: EngineRecord) -> None:
+        record = msgspec.structs.replace(record, role=self._role, drained=self._drained, host=self._host)
         try:
             await asyncio.to_thread(write_private, self._record_path, encode_kept(record))
         except StartError as error:  # it serves all the same; only the next agent will not find it
@@ -424,7 +449,8 @@ class EngineKeeper(_Watched):
     def _state(self) -> tuple[EngineState, str]:
         match self._life.state:
             case State.RUNNING:
-                return self._state_in_service()
+                state, reason = self._state_in_service()
+                return state, reason + self._outdated if state is EngineState.READY else reason
             case State.STARTING:
                 return EngineState.STARTING, self._life.reason
             case State.HELD:
@@ -437,6 +463,12 @@ class EngineKeeper(_Watched):
 
     def _tell(self) -> None:
         self._say_changes(*self._state())
+
+    def drain(self, reason: str) -> None:
+        """No new work; empty: work again. It is written down, for the next agent."""
+        super().drain(reason)
+        if self._process is not None:
+            self._spawn(self._save(self._process.record()), f"record of {self.id}")
 
     async def switch(self, role: Role) -> tuple[bool, str]:
         """Changes its role while it lives; says what came of it."""
@@ -464,7 +496,7 @@ class EngineKeeper(_Watched):
     async def stop(self, limit_s: float) -> None:
         """SIGTERM, SIGKILL after `limit_s` seconds."""
         process = self._process
-        self._leaving = True  # the launcher ends it, in its own way; a second SIGTERM would mean "at once" to many a program
+        self._leaving = process  # the launcher ends it, in its own way; a second SIGTERM would mean "at once" to many a program
         if self._life.state in {State.STARTING, State.RUNNING, State.BACKOFF, State.HELD}:
             self._feed(StopAsked("its agent stops"))
         if process is not None and process.alive:
@@ -495,6 +527,7 @@ class AttachedKeeper(_Watched):
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         super().__init__(engine, role, prober, on_change, log)
+        self.adopted = True
         self._address = address
         self._why = "it has not answered yet"
         self._refusals = 0
@@ -503,6 +536,9 @@ class AttachedKeeper(_Watched):
         """Looks at it once."""
         seen = await self._look(self._address, anew=True)
         self._why = "" if isinstance(seen, Answered) else seen
+
+    def start(self) -> None:
+        """It is not ours to start."""
 
     async def run(self) -> None:
         """Watches until cancelled."""

@@ -62,6 +62,8 @@ class EngineRecord(msgspec.Struct, frozen=True):
         start_ticks: when the process started, clock ticks since boot; with pid and `boot_id` it names one process for all time.
         boot_id: the kernel's id of this boot.
         ready: what the engine said when it became ready; None while it starts.
+        host: the name of the host whose agent started it.
+        drained: why a person took it out of service; empty when nobody did.
     """
 
     id: EngineId
@@ -74,6 +76,8 @@ class EngineRecord(msgspec.Struct, frozen=True):
     ready_file: Path
     ready: ReadyFile | None = None
     api_key: str = ""
+    host: str = ""
+    drained: str = ""
 
     def __repr__(self) -> str:
         return f"<EngineRecord {self.id} {self.role} pid={self.pid} start_ticks={self.start_ticks} ready={self.ready is not None}>"

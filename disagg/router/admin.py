@@ -37,6 +37,9 @@ class Orders(Protocol):
     def change(self, number: int) -> dict[str, Any]:
         """How a change fares."""
 
+    def beware(self, engine: str) -> str:
+        """What a person should know before this engine is taken out: empty, or a clause."""
+
     def story(self, engine: str) -> list[tuple[float, str]]:
         """What happened to an engine."""
 
@@ -131,8 +134,10 @@ class _Doings:
         if body.role is None:
             raise RequestError('say which role it shall have: {"role": "prefill"} or {"role": "decode"}', param="role")
         engine = request.match_info["id"]
+        beware = self._orders.beware(engine)
         number = self._orders.flip(engine, body.role, body.cause)
         will = f"{engine} drains, switches live to {body.role}, answers one canary request and is back in service; else it is started anew"
+        will += beware
         return _json({"will": will, "why": body.cause, "change": number}, status=202)
 
     async def _restart(self, request: web.Request) -> web.Response:

@@ -264,6 +264,11 @@ class Attempt:
             self.handle(ClientLeft())
             self._settle()
 
+    def give_up(self, error: DisaggError) -> None:
+        """The router itself stops: whoever waits gets this error, and aborts both legs."""
+        if not self.finished:
+            self._resolve(error)
+
     def tick(self, now: float) -> None:
         """Called by the relay's one timer."""
         due = self.handoff.next_deadline()

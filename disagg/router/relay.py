@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from disagg.errors import ClientGoneError, EngineError
+from disagg.errors import ClientGoneError, EngineError, NoCapacityError
 from disagg.handoff import DecodeFailed, Handoff, Limits, PrefillFailed
 from disagg.ids import engine_rid
 from disagg.model import Choice, ClusterView, EngineId
@@ -338,6 +338,11 @@ class Relay:
         """Nothing that runs on this engine will be answered: its attempts end now, and are made anew where the client has heard nothing."""
         for attempt in list(self._live):
             attempt.engine_lost(engine, cause)
+
+    def give_up(self, sentence: str) -> None:
+        """Ends every attempt, because the router stops."""
+        for attempt in list(self._live):
+            attempt.give_up(NoCapacityError(sentence, retry_after_s=2))
 
     def last_bytes_at(self, engine: EngineId) -> float:
         """When bytes of a running answer last came from this engine; 0 for never. Seconds on the monotonic clock, as the loop's."""

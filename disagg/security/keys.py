@@ -93,13 +93,16 @@ def load_or_make_key(path: Path) -> tuple[KeyPair, bool]:
 
 
 def load_given_key(path: Path, environ: Mapping[str, str]) -> KeyPair | None:
-    """Reads a key pair that somebody keeps apart from the state; None where the file is missing or empty.
+    """Reads a key pair that somebody keeps apart from the state; None where the file is empty.
 
     A credential that systemd shows to its service may be readable by its group: systemd guards its folder.
 
     Raises:
-        StartError: as `load_key`.
+        StartError: as `load_key`; a file that is missing is an error too, for a router that made itself another key would lock out
+            every host.
     """
+    if not path.exists():
+        raise StartError(f"there is no key file {path}: mend --key-file, or leave it out to use the key of the state directory")
     credentials = environ.get("CREDENTIALS_DIRECTORY", "")
     is_credential = bool(credentials) and path.parent == Path(credentials)
     text = _read_credential(path) if is_credential else read_private(path) or b""

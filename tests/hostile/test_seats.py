@@ -7,6 +7,8 @@ import contextlib
 import time
 from collections.abc import Callable
 
+import pytest
+
 from disagg.cluster.agent import Agent
 from disagg.model import Role
 from disagg.security.keys import make_key

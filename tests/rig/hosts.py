@@ -220,6 +220,7 @@ class StubKeeper:
         self.role = role
         self.port = port
         self.state = EngineState.READY
+        self.adopted = False
         self.drained = ""
         self._counter = 0
 
@@ -243,6 +244,9 @@ class StubKeeper:
 
     async def begin(self) -> None:
         """Nothing to find."""
+
+    def start(self) -> None:
+        """Nothing to start."""
 
     async def run(self) -> None:
         """Nothing to keep."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,14 +35,18 @@ esac
 
 
 @pytest.fixture
-def units(site: Site, tmp_path: Path) -> dict[str, str]:
+def units(site: Site, tmp_path: Path) -> Iterator[dict[str, str]]:
     """The environment of an agent that finds this systemctl first."""
     folder = tmp_path / "units"
     folder.mkdir()
     script = folder / "systemctl"
     script.write_text(SYSTEMCTL.format(folder=folder, python=sys.executable, state=tmp_path / "u"))
     script.chmod(0o755)
-    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+    yield {"PATH": f"{folder}:{os.environ['PATH']}"}
+    for file in folder.glob("*.pid"):
+        pid = int(file.read_text())
+        if is_engine(pid):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_an_engine_in_a_unit_of_its_own_outlives_a_restart_of_its_agent(site: Site, units: dict[str, str], tmp_path: Path) -> None:

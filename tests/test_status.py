@@ -1,0 +1,59 @@
+"""What `disagg status` prints of what the admin listener says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from disagg.status import hosts_table, table
+
+
+def engine(**other: Any) -> dict[str, Any]:
+    load = {"running": 3, "waiting": 1, "kv_used_tokens": 250, "kv_total_tokens": 1000}
+    known = {
+        "id": "e",
+        "host": "h",
+        "role": "decode",
+        "state": "ready",
+        "model": "m",
+        "url": "http://h:1",
+        "load": load,
+        "reason": "it answers",
+    }
+    return {**known, **other}
+
+
+def cluster(*engines: dict[str, Any], ready: bool = True, reason: str = "") -> dict[str, Any]:
+    host = {"id": "h", "state": "online", "reason": "it joined", "release": "1.0", "incarnation": 4}
+    return {"hosts": [host, {"id": "10.0.0.9"}], "engines": list(engines), "ready": ready, "reason": reason}
+
+
+def test_what_is_well_needs_no_reason() -> None:
+    text = table(cluster(engine()))
+    assert "it answers" not in text
+    assert "it joined" not in text
+    assert "e       h     decode  ready  3    1     25 %  m      http://h:1" in text
+    assert text.endswith("Requests can be served.")
+
+
+def test_what_is_not_well_says_why() -> None:
+    text = table(cluster(engine(state="suspect", reason="it refused a connection"), ready=False, reason="no ready decode engine"))
+    assert "it refused a connection" in text
+    assert text.endswith("No request can be served: no ready decode engine.")
+
+
+def test_an_engine_that_is_ready_but_never_paired_says_why() -> None:
+    assert "page size" in table(cluster(engine(reason="it answers, but is never paired with p: page size 32 against 16")))
+
+
+def test_a_refused_clone_is_seen_beside_its_original() -> None:
+    row = {"name": "h", "roles": ["decode"], "state": "online", "key": "K", "reason": "it joined"}
+    assert "it joined" not in hosts_table([row])
+    assert "a clone" in hosts_table([{**row, "reason": "it joined; 2 s ago an agent of this name was refused: a clone"}])
+
+
+def test_no_host_says_how_to_make_one() -> None:
+    assert "disagg token create" in hosts_table([])
+
+
+def test_what_a_host_says_of_itself_cannot_move_the_cursor() -> None:
+    assert "\x1b" not in table(cluster(engine(state="dead", reason="\x1b[2J gone", model="\x07")))
