@@ -177,14 +177,8 @@ def _control_plane(
 ) -> tuple[Head | None, ControlServer | None]:
     if root is None:
         return None, None
-    stack.enter_context(
-        only_one(root / "router", f"another router runs with the state directory {root}: stop it, or give another --state-dir")
-    )
-    key = _router_key(config, root, say)
-    registrar = Registrar(root, wall=wall, log=log)
-    host, port = parse_listen("router.control", config.router.control)
     try:
-        control = ControlServer(host, port, key=key, allows=registrar.allows, log=log)
+        registrar, control = _control_socket(stack, config, root, log, say)
     except StartError as error:
         if config.router.control != RouterSection().control or not engine_addresses(config.router):
             raise
@@ -204,6 +198,18 @@ def _control_plane(
     control.on_message = head.hear
     controller.on_beat = head.beat
     return head, control
+
+
+def _control_socket(
+    stack: contextlib.AsyncExitStack, config: Config, root: Path, log: structlog.typing.FilteringBoundLogger, say: Say
+) -> tuple[Registrar, ControlServer]:
+    """Raises StartError: the state cannot be used, or another router uses it, or the address is not free."""
+    otherwise = f"another router runs with the state directory {root}: stop it, or give another --state-dir"
+    stack.enter_context(only_one(root / "router", otherwise))
+    key = _router_key(config, root, say)
+    registrar = Registrar(root, wall=wall, log=log)
+    host, port = parse_listen("router.control", config.router.control)
+    return registrar, ControlServer(host, port, key=key, allows=registrar.allows, log=log)
 
 
 def _router_key(config: Config, root: Path, say: Say) -> KeyPair:

@@ -8,6 +8,7 @@ import signal
 import httpx2
 import pytest
 
+from tests.ports import free_port
 from tests.serve.conftest import Process, Site, is_engine, wait_for
 
 pytestmark = pytest.mark.slow
@@ -122,3 +123,17 @@ def test_two_routers_never_share_a_state_directory(site: Site) -> None:
     second = Process("second", site.folder, ["serve", "--role", "router", *places])
     assert second.process.wait(15) == 1
     assert "another router runs with the state directory" in second.said()
+
+
+def test_a_second_router_for_engines_given_by_url_serves_all_the_same(site: Site) -> None:
+    """Without a control plane, which it does not need for them: its default port, or its state, is another router's."""
+    http, admin = free_port(), free_port()
+    places = ["--http", f"127.0.0.1:{http}", "--admin", f"127.0.0.1:{admin}", "--state-dir", str(site.folder / "router")]
+    command = ["serve", "--role", "router", *places, "--unified", f"http://127.0.0.1:{free_port()}"]
+    second = Process("second", site.folder, command)
+    try:
+        wait_for(lambda: "Started in" in second.said(), second.said)
+        assert httpx2.get(f"http://127.0.0.1:{http}/healthz").status_code == 200
+        assert "no host can join this router" in second.said()
+    finally:
+        assert second.end() == 0
