@@ -17,6 +17,8 @@ from tests.engines import EngineProcess, launch_engine, running_engines
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
+pytestmark = pytest.mark.slow
+
 SWITCH = ("--enable-pd-role-switch", *LIMITS)
 SMALL_POOL = 1024
 PROMPTS = [some_prompt(length, 31) for length in (1, 17, 600)]
