@@ -6,7 +6,6 @@ One timer serves every attempt: it asks each machine for its deadline, drops idl
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -240,25 +239,32 @@ class Relay:
         return upstream
 
     async def _send(self, attempt: Attempt, job: Job, leg: LegFactory, number: int, tried: list[EngineId]) -> None:
+        for slot in attempt.slots:  # before the wait for a connection: who chooses meanwhile must see that these two are taken
+            self.in_flight.start(slot)
+        sent = False
+        try:
+            first, second = await self._connections(attempt, tried)
+            if second is not None:
+                attempt.send(leg(attempt, number), (first, second), self._requests(attempt, job))
+                sent = True
+        finally:
+            if not sent:  # no leg will end that never began
+                for slot in attempt.slots:
+                    self.in_flight.end(slot)
+
+    async def _connections(self, attempt: Attempt, tried: list[EngineId]) -> tuple[UpstreamConnection | None, UpstreamConnection | None]:
+        """Idle ones where there are, else new ones. No decode connection: it failed, and the attempt knows."""
         prefill, decode = attempt.upstreams
         first = prefill.take() if prefill is not None else None
         second = decode.take()
-        slots = attempt.slots
-        for slot in slots:  # before the wait for a connection: who chooses meanwhile must see that these two are taken
-            self.in_flight.start(slot)
-        if second is None or (first is None and prefill is not None):
-            try:
-                first, second = await self._connect(attempt, first, second, tried)
-            finally:
-                if second is None or attempt.finished:
-                    for slot in slots:
-                        self.in_flight.end(slot)
-        if second is None:
-            return
-        body = (self._keys(attempt, job), job.rest)
-        path = job.request.path
-        requests = (prefill.request(path, *body) if prefill is not None else b"", decode.request(path, *body))
-        attempt.send(leg(attempt, number), (first, second), requests)
+        if second is not None and (first is not None or prefill is None):
+            return first, second
+        return await self._connect(attempt, first, second, tried)
+
+    def _requests(self, attempt: Attempt, job: Job) -> tuple[bytes, bytes]:
+        prefill, decode = attempt.upstreams
+        body, path = (self._keys(attempt, job), job.rest), job.request.path
+        return (prefill.request(path, *body) if prefill is not None else b""), decode.request(path, *body)
 
     def _keys(self, attempt: Attempt, job: Job) -> bytes:
         """The router's keys with the opening brace and the comma before the client's fields."""
@@ -366,7 +372,13 @@ class Relay:
         slots = [e.slot for e in (choice.prefill, choice.decode) if e is not None]
         self.in_flight.grow(max(slots) + 1)
         request = parse_request(Route.GENERATE, CANARY)
-        job = Job(request, request.rest, 0, began + PROVE_LIMIT_S, Record(os.urandom(16).hex(), request.path, began))
+        job = Job(
+            request,
+            request.rest,
+            0,
+            began + PROVE_LIMIT_S,
+            Record(f"{self._random_room():016x}{self._random_room():016x}", request.path, began),
+        )
         attempt = self._attempt(job, choice)
         try:
             await self._send(attempt, job, lambda a, _number: WholeLeg(a), 1, [])

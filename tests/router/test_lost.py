@@ -1,0 +1,141 @@
+"""Engines that are given up while somebody waits for them, and connections that never come about."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Iterator
+
+import aiohttp
+import pytest
+
+from disagg.model import Role
+from disagg.router.relay import Relay
+from tests.fake_engine import Call, answer_well, chat_chunk, until
+from tests.router.conftest import CHAT, Rig, running_rig
+
+STREAM = {**CHAT, "stream": True}
+NEVER_S = 600.0
+"""Longer than any test: what ends sooner was not ended by a limit."""
+
+
+async def forever(call: Call) -> None:
+    await asyncio.Event().wait()
+
+
+async def one_word(call: Call) -> None:
+    if call.engine.role is Role.DECODE:
+        await call.event(chat_chunk("one"))
+    await asyncio.Event().wait()
+
+
+@pytest.fixture
+async def rig_of_two() -> AsyncIterator[Rig]:
+    """A pair at which nobody looks, and connections that may take for ever."""
+    async with running_rig(Role.PREFILL, Role.DECODE, probe_interval_s=60, connect_timeout_s=NEVER_S) as made:
+        yield made
+
+
+def relay_of(rig: Rig) -> Relay:
+    return rig.router._relay
+
+
+async def nothing_left(rig: Rig) -> None:
+    """No engine works for anybody, and the router counts nothing."""
+    await until(lambda: not any(e.live for e in rig.engines) and not any(relay_of(rig).in_flight.now))
+
+
+@contextlib.contextmanager
+def hole(port: int) -> Iterator[None]:
+    """Something that listens on a port and never accepts: connecting takes for ever."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen(0)
+        for _ in range(2):  # the queue's one place, and the one that Linux gives on top
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.1", port))
+        yield
+
+
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
+async def test_an_engine_that_is_lost_before_the_first_token_is_replaced(role: Role) -> None:
+    async with running_rig(Role.PREFILL, Role.PREFILL, Role.DECODE, Role.DECODE, first_token_timeout_s=NEVER_S) as rig:
+        for engine in rig.engines:
+            engine.behave = forever
+        asking = asyncio.ensure_future(rig.post(CHAT))  # noqa: TID251  # the client's own task
+        await until(lambda: sum(len(e.calls) for e in rig.engines) == 2)
+        first = next(e for e in rig.engines if e.role is role and e.calls)
+        for engine in rig.engines:
+            engine.behave = answer_well
+        relay_of(rig).engine_lost(first.address.id, "it was unplugged")
+        async with await asking as response:
+            assert response.status == 200
+            assert response.headers["x-disagg-attempts"] == "2"
+            assert response.headers[f"x-disagg-{role}"] != first.address.id
+        await nothing_left(rig)
+        assert 'disagg_replays_total{reason="engine_lost"} 1.0' in rig.metrics()
+
+
+async def test_a_stream_that_has_begun_ends_with_an_error_event_when_its_engine_is_lost(rig: Rig) -> None:
+    rig.decode.behave = rig.prefill.behave = one_word
+    async with await rig.post(STREAM) as response:
+        assert b"one" in await response.content.readuntil(b"\n\n")
+        relay_of(rig).engine_lost(rig.decode.address.id, "it was unplugged")
+        rest = await response.text()
+    assert "it was unplugged" in rest
+    assert "[DONE]" not in rest
+    await nothing_left(rig)
+
+
+async def test_what_is_lost_elsewhere_disturbs_nobody(rig: Rig) -> None:
+    rig.decode.behave = rig.prefill.behave = one_word
+    async with await rig.post(STREAM) as response:
+        await response.content.readuntil(b"\n\n")
+        relay_of(rig).engine_lost(rig.prefill.address.id, "decode has what it needs")
+        relay_of(rig).engine_lost(type(rig.decode.address.id)("decode-7"), "a stranger")
+        assert len(rig.decode.live) == 1
+    await nothing_left(rig)
+
+
+async def test_an_engine_that_is_lost_while_it_is_being_connected_is_replaced_at_once() -> None:
+    async with running_rig(Role.PREFILL, Role.DECODE, Role.DECODE, probe_interval_s=60, connect_timeout_s=NEVER_S) as rig:
+        first = rig.engine(Role.DECODE, 0)
+        await first.stop()
+        with hole(first.port):
+            asking = asyncio.ensure_future(rig.post(CHAT))  # noqa: TID251
+            await until(lambda: relay_of(rig).legs_of(1) == 1)
+            relay_of(rig).engine_lost(first.address.id, "it was unplugged")
+            async with await asking as response:
+                assert (response.status, response.headers["x-disagg-decode"]) == (200, "decode-1")
+        await nothing_left(rig)
+
+
+async def test_a_client_that_leaves_while_one_engine_is_being_connected_leaves_no_count_behind(rig_of_two: Rig) -> None:
+    """Decode's idle connection is at hand, prefill's must be made: neither is counted as busy for ever."""
+    rig = rig_of_two
+    async with await rig.post(CHAT) as response:
+        assert response.status == 200
+    await nothing_left(rig)
+    await rig.prefill.stop()
+    with hole(rig.prefill.port):
+        with pytest.raises(TimeoutError):
+            await rig.post(CHAT, timeout=aiohttp.ClientTimeout(total=0.3))
+        await until(lambda: not any(relay_of(rig).in_flight.now))
+        assert min(relay_of(rig).in_flight.now) == 0
+
+
+async def test_those_who_choose_while_another_connects_see_its_engines_taken() -> None:
+    async with running_rig(Role.PREFILL, Role.PREFILL, Role.DECODE, Role.DECODE) as rig:
+        for engine in rig.engines:
+            engine.behave = forever
+        asking = [asyncio.ensure_future(rig.post(CHAT)) for _ in range(4)]  # noqa: TID251
+        await until(lambda: sum(len(e.calls) for e in rig.engines) == 8)
+        assert [len(e.calls) for e in rig.engines] == [2, 2, 2, 2]
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+        await nothing_left(rig)
