@@ -19,7 +19,7 @@ import msgspec
 import structlog
 
 from disagg.cluster.detector import Answered
-from disagg.cluster.prober import Prober
+from disagg.cluster.prober import Prober, read_bootstrap_port
 from disagg.engines.base import EngineLaunch, EngineRecord, Launcher, ReadyFile, RunningEngine, decode_kept, encode_kept
 from disagg.engines.restart import (
     Adopted,
@@ -531,11 +531,12 @@ class AttachedKeeper(_Watched):
         self._address = address
         self._why = "it has not answered yet"
         self._refusals = 0
+        self._asks_port = role is not Role.UNIFIED and not address.bootstrap_port
+        self._has_port = not self._asks_port
 
     async def begin(self) -> None:
         """Looks at it once."""
-        seen = await self._look(self._address, anew=True)
-        self._why = "" if isinstance(seen, Answered) else seen
+        await self._see()
 
     def start(self) -> None:
         """It is not ours to start."""
@@ -543,18 +544,37 @@ class AttachedKeeper(_Watched):
     async def run(self) -> None:
         """Watches until cancelled."""
         while True:
-            seen = await self._look(self._address, anew=self._why != "")
-            self._why = "" if isinstance(seen, Answered) else seen
-            self._refusals = self._refusals + 1 if self._why == "it refuses connections" else 0
+            await self._see()
             self._say_changes(*self._state())
             await asyncio.sleep(POLL_S)
+
+    async def _see(self) -> None:
+        """Looks at it; who did not answer the last time may be another engine now, and is asked for everything."""
+        anew = self._why != ""
+        seen = await self._look(self._address, anew=anew)
+        why = "" if isinstance(seen, Answered) else seen
+        if anew and not why and self._asks_port:
+            why = await self._learn_port()
+        self._why = why
+        self._refusals = self._refusals + 1 if why == "it refuses connections" else 0
+
+    async def _learn_port(self) -> str:
+        """Where decode engines meet it, as it says itself. Returns why that cannot be had now; one that does not say keeps none."""
+        try:
+            async with asyncio.timeout(POLL_PATIENCE_S):
+                port = read_bootstrap_port(await self._prober.get(self._address, "/server_info"))
+        except (TimeoutError, aiohttp.ClientError, OSError, ValueError, RecursionError) as error:
+            return f"it does not tell its bootstrap port ({type(error).__name__})"
+        self._address = msgspec.structs.replace(self._address, bootstrap_port=port or self._address.bootstrap_port)
+        self._has_port = True
+        return ""
 
     def report(self) -> EngineReport:
         """How it is."""
         return self._report_as(*self._state(), self._address, 0)
 
     def _state(self) -> tuple[EngineState, str]:
-        if not self._facts.model:
+        if not (self._facts.model and self._has_port):
             return EngineState.STARTING, f"attached to {self._address.url}: {self._why}"
         if self._refusals > 1:
             return EngineState.DEAD, f"attached to {self._address.url}, which refuses connections"

@@ -118,6 +118,12 @@ def read_facts(models: Mapping[str, Any], info: Mapping[str, Any]) -> tuple[Engi
     return facts, str(mode)
 
 
+def read_bootstrap_port(info: Mapping[str, Any]) -> int:
+    """Where decode engines meet an engine, as its ``/server_info`` says; 0 where it does not."""
+    port = info.get("disaggregation_bootstrap_port")
+    return port if type(port) is int and 0 < port < 65536 else 0
+
+
 def _precision(info: Mapping[str, Any]) -> str:
     """What the KV cache is kept in: SGLang's ``kv_cache_dtype``, which is ``auto`` where it follows the model's."""
     kept = str(info.get("kv_cache_dtype") or "auto")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from disagg.cluster.detector import Refused, TimedOut
-from disagg.cluster.prober import Prober
+from disagg.cluster.prober import Prober, read_bootstrap_port
 from disagg.model import EngineAddress, EngineId, Role
 from tests.ports import free_port
 
@@ -20,3 +20,8 @@ async def test_only_the_engines_own_machine_can_refuse(host: str, kind: type) ->
         await prober.close()
     assert isinstance(seen, kind)
     assert isinstance(seen, Refused) or "unreachable" in seen.why  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("said", "port"), [(8998, 8998), (65535, 65535), (0, 0), (65536, 0), (-1, 0), ("8998", 0), (True, 0), (None, 0)])
+def test_only_a_port_is_taken_for_a_bootstrap_port(said: object, port: int) -> None:
+    assert read_bootstrap_port({"disaggregation_bootstrap_port": said}) == port

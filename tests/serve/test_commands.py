@@ -190,7 +190,8 @@ def test_an_attached_engine_is_watched_and_left_alone(site: Site) -> None:
     site.start_host("d", "decode")
     site.wait_engine("a", "ready")
     site.wait_engine("d", "ready")
-    assert site.ask().headers["x-disagg-prefill"] == "a"
+    answer = site.ask()
+    assert (answer.status_code, answer.headers["x-disagg-prefill"]) == (200, "a"), answer.text
     done = site.run("restart", "a")
     assert done.returncode == 1
     assert "attached" in done.stderr
