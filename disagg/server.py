@@ -22,7 +22,7 @@ from disagg.cluster.controller import CHANGES_KEPT, Controller
 from disagg.cluster.head import Head
 from disagg.cluster.registrar import Registrar
 from disagg.cluster.transport import ControlServer
-from disagg.config import Config, RouterSection, engine_addresses, parse_listen
+from disagg.config import Config, RouterSection, SecuritySection, engine_addresses, parse_listen
 from disagg.errors import OrderError, StartError
 from disagg.handoff import Limits
 from disagg.host import EngineSpec, Host, HostPlan, host_running, model_of, only_one
@@ -363,13 +363,13 @@ async def run_up(config: Config, counts: dict[Role, int], say: Say) -> None:
     log = make_logger(config.observe.log_level, config.observe.log_format)
     stop = Stop(asyncio.get_running_loop(), say)
     raise_file_limit()
+    config = _throw_away(config)
     model, name = model_of(config)
     run_dir = Path(tempfile.mkdtemp(prefix="disagg-up-"))
     say(f"disagg {__version__} on this machine: {config.engine.engine} engine, model {name} ({model})")
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(shutil.rmtree, run_dir, ignore_errors=True)
-        local = msgspec.structs.replace(config, router=msgspec.structs.replace(config.router, control="127.0.0.1:0"))
-        router = await stack.enter_async_context(router_running(local, [], log, root=run_dir, say=lambda _: None))
+        router = await stack.enter_async_context(router_running(config, [], log, root=run_dir, say=lambda _: None))
         assert router.control is not None
         roles = tuple(role for role, n in counts.items() if n)
         token = router.make_token(roles)
@@ -396,6 +396,16 @@ async def run_up(config: Config, counts: dict[Role, int], say: Say) -> None:
         await router.drain(stop)
         if host.task.done():
             await host.task
+
+
+def _throw_away(config: Config) -> Config:
+    """The config of a cluster that ends with this process: what it says of keys, of engines that run already and of units is for others."""
+    return msgspec.structs.replace(
+        config,
+        router=msgspec.structs.replace(config.router, control="127.0.0.1:0"),
+        engine=msgspec.structs.replace(config.engine, attach="", supervise="child"),
+        security=SecuritySection(),
+    )
 
 
 async def _wait_ready(router: Router, host: Host, stop: Stop) -> None:

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from disagg.security.keys import load_or_make_key
 from tests.cluster.conftest import running_cluster
 from tests.ports import free_port
 
@@ -113,3 +115,19 @@ def test_a_dead_engine_is_shown_as_dead_and_started_again() -> None:
         assert "decode-0" in cluster.log.read_text()
         wait_for(lambda: cluster.engine("decode")["state"] == "ready")
         assert cluster.engine("decode")["pid"] != decode["pid"]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    ['[security]\nkey_file = "{folder}/own.key"', '[engine]\nattach = "http://127.0.0.1:9"', '[engine]\nsupervise = "systemd"'],
+    ids=["key", "attach", "systemd"],
+)
+def test_what_a_file_says_of_lasting_hosts_is_not_for_a_throw_away_cluster(lines: str, tmp_path: Path) -> None:
+    load_or_make_key(tmp_path / "own.key")
+    file = tmp_path / "disagg.toml"
+    file.write_text(lines.format(folder=tmp_path))
+    with running_cluster("--config", str(file)) as cluster:
+        assert {(e["id"], e["state"]) for e in cluster.engines()} == {("prefill-0", "ready"), ("decode-0", "ready")}
+        pids = [e["pid"] for e in cluster.engines()]
+        assert all(map(alive, pids))
+    wait_gone(pids)
