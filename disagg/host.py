@@ -329,8 +329,6 @@ async def serve_host(config: Config, role: Role, token: str, say: Say) -> None:
             if not engines_stay:
                 await host.agent.stop_engines(URGENT_STOP_S if stop.urgent.is_set() else config.engine.stop_timeout_s)
         host.agent.leave(engines_stay=engines_stay)
-        if engines_stay:
-            host.agent.forget_engines()
 
 
 def make_plan(config: Config, role: Role, token: str) -> HostPlan:

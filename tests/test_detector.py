@@ -20,7 +20,6 @@ from disagg.cluster.detector import (
     Command,
     EngineDetector,
     Event,
-    Exited,
     FailOver,
     HostJudged,
     Ordered,
@@ -47,7 +46,7 @@ WAYS: Mapping[S, tuple[Event, ...]] = {
     S.STARTING: (),
     S.READY: (WELL,),
     S.SUSPECT: (WELL, LATE),
-    S.DEAD: (Exited(-9),),
+    S.DEAD: (WELL, Refused(), Refused()),
     S.QUARANTINED: (Answered(FACTS, EngineLoad(), "decode"),),
 }
 
@@ -93,24 +92,19 @@ def test_it_starts_with_a_probe_at_once_and_one_at_a_time() -> None:
         (S.STARTING, WELL, S.READY),
         (S.STARTING, Refused(), S.STARTING),
         (S.STARTING, LATE, S.STARTING),
-        (S.STARTING, Exited(1), S.DEAD),
         (S.READY, WELL, S.READY),
         (S.READY, Refused(), S.SUSPECT),
         (S.READY, LATE, S.SUSPECT),
-        (S.READY, Exited(-9), S.DEAD),
         (S.READY, Troubled(), S.READY),
         (S.SUSPECT, WELL, S.READY),
         (S.SUSPECT, LATE, S.SUSPECT),
-        (S.SUSPECT, Exited(0), S.DEAD),
         (S.SUSPECT, ProbeVoided(), S.SUSPECT),
         (S.DEAD, WELL, S.READY),
         (S.DEAD, Refused(), S.DEAD),
         (S.DEAD, LATE, S.DEAD),
-        (S.DEAD, Exited(1), S.DEAD),
         (S.QUARANTINED, WELL, S.QUARANTINED),
         (S.QUARANTINED, Answered(FACTS, EngineLoad(), "prefill"), S.READY),
         (S.QUARANTINED, LATE, S.QUARANTINED),
-        (S.QUARANTINED, Exited(1), S.DEAD),
     ],
 )
 def test_moves(before: S, event: Event, after: S) -> None:
@@ -128,30 +122,6 @@ def test_two_refusals_in_a_row_are_death_and_it_stays_dead_until_it_answers() ->
         states.append(made.view.state)
     assert states == [S.SUSPECT, S.DEAD, S.DEAD, S.DEAD, S.READY, S.SUSPECT]
     assert lost == 1
-
-
-def test_an_engine_whose_process_ended_does_not_come_back_by_refusing() -> None:
-    made = detector(Role.DECODE, WELL, Exited(-9))
-    for _ in range(5):
-        made.handle(Refused(), now=11.0)
-        assert why(made) == (S.DEAD, "its process ended with code -9")
-
-
-@pytest.mark.parametrize(("code", "reason"), [(-9, "its process ended with code -9"), (None, "its process ended")])
-def test_the_end_of_its_process_is_death_at_once(code: int | None, reason: str) -> None:
-    made = detector(Role.DECODE, WELL)
-    assert made.handle(Exited(code), now=11.0) == [FailOver(reason), Publish()]
-
-
-def test_an_answer_to_a_probe_that_was_under_way_when_the_process_ended_is_the_past() -> None:
-    made = detector(Role.DECODE, WELL)
-    assert made.handle(Tick(), now=11.0) == [Probe()]
-    made.handle(Exited(-9), now=11.1)
-    assert made.handle(WELL, now=11.2) == []
-    assert why(made) == (S.DEAD, "its process ended with code -9")
-    assert made.handle(Tick(), now=11.2) == [Probe()], "asked anew, it may be another process by now"
-    made.handle(WELL, now=11.3)
-    assert made.view.state is S.READY
 
 
 def test_refusals_with_something_else_in_between_are_not_in_a_row() -> None:
@@ -219,12 +189,12 @@ def test_facts_and_load_survive_trouble() -> None:
 
 def test_history_tells_the_story_and_is_bounded() -> None:
     made = detector()
-    for at, event in ((11.0, WELL), (12.0, WELL), (13.0, LATE), (14.0, Exited(1))):
+    for at, event in ((11.0, WELL), (12.0, WELL), (13.0, LATE), (14.0, Refused()), (15.0, Refused())):
         made.handle(event, now=at)
     assert list(made.history) == [
         (11.0, "Answered: starting -> ready: it answers"),
         (13.0, "TimedOut: ready -> suspect: its probe failed: TimeoutError"),
-        (14.0, "Exited: suspect -> dead: its process ended with code 1"),
+        (15.0, "Refused: suspect -> dead: it refused 2 connections in a row"),
     ]
     for _ in range(HISTORY_LIMIT):
         made.handle(WELL, now=15.0)
@@ -710,13 +680,14 @@ def test_an_order_takes_it_out_of_service_and_brings_it_back(kept: Kept, state: 
 
 
 @pytest.mark.parametrize(
-    ("event", "state"),
-    [(Exited(1), S.DEAD), (LATE, S.SUSPECT), (HostJudged(H.SUSPECT, "x"), S.SUSPECT)],
+    ("events", "state"),
+    [((Refused(), Refused()), S.DEAD), ((LATE,), S.SUSPECT), ((HostJudged(H.SUSPECT, "x"),), S.SUSPECT)],
     ids=["dead", "late", "host"],
 )
-def test_worse_news_than_an_order_is_shown_and_the_order_stays(kept: Kept, event: Event, state: S) -> None:
+def test_worse_news_than_an_order_is_shown_and_the_order_stays(kept: Kept, events: tuple[Event, ...], state: S) -> None:
     kept.tell(Ordered(S.DRAINING, "operator"))
-    kept.tell(event)
+    for event in events:
+        kept.tell(event)
     assert kept.state() is state
     kept.host(H.ONLINE, "it answers")
     kept.run(1.0, answer=WELL)
@@ -804,7 +775,7 @@ class Life:
             return self.from_elsewhere()
         if self.has_agent:
             return self.from_the_host(kind)
-        return Exited(1) if kind < 0.59 else Tick()
+        return Tick()
 
     def from_elsewhere(self) -> Event:
         chance = self.chance
@@ -874,9 +845,8 @@ class Life:
         self.judge_loss(event, before.state, fails)
 
     def note_signs(self, event: Event) -> None:
-        if isinstance(event, Exited) or (isinstance(event, Reported) and event.report.pid not in {0, self.known_pid}):
-            self.outdated = self.probing
         if isinstance(event, Reported) and event.report.pid not in {0, self.known_pid}:
+            self.outdated = self.probing
             self.known_pid, self.sign_at = event.report.pid, -100.0
         elif isinstance(event, Answered) and not self.outdated:
             self.sign_at = self.awake

@@ -218,8 +218,7 @@ class Agent:
     def leave(self, *, engines_stay: bool) -> None:
         """Says goodbye and closes the link; lets the engines go on where they stay."""
         if engines_stay:
-            for keeper in self._keepers.values():
-                keeper.let_go()
+            self.forget_engines()
         if self._client is not None:
             me = self._identity
             self._send(Goodbye(me.incarnation, me.nonce, engines_stay))

@@ -38,7 +38,6 @@ from disagg.cluster.change import Tick as ChangeTick
 from disagg.cluster.detector import (
     EngineDetector,
     Event,
-    Exited,
     FailOver,
     HostJudged,
     Ordered,
@@ -247,10 +246,6 @@ class Controller:
         if detector is not None:
             self._feed(detector, Troubled())
             self._wake.set()
-
-    def exited(self, engine: EngineId, code: int | None) -> None:
-        """The process of an engine ended."""
-        self._feed(self._detectors[engine], Exited(code))
 
     def host_changed(self, host: HostView, *, engines_gone: bool = False) -> None:
         """The control plane thinks otherwise of a host."""

@@ -24,7 +24,7 @@ and switching are exempt: loading, warm-up and graph capture take as long as the
 
 Whoever is DEAD or HELD, or hangs, loses its running requests too (`FailOver`), once; so does a process that was replaced by another between
 two reports. What only the passing of time says (it hangs, it gives no sign of life) is decided on a `Tick`, which comes after a `Stalled`
-and brings the time of the last bytes. An answer to a probe that was under way when the process ended is the past.
+and brings the time of the last bytes. An answer to a probe that was under way when the process was replaced is the past.
 """
 
 from __future__ import annotations
@@ -75,12 +75,6 @@ class TimedOut(msgspec.Struct, frozen=True):
     """It did not answer a probe in time, or not with sense."""
 
     why: str
-
-
-class Exited(msgspec.Struct, frozen=True):
-    """Its process ended."""
-
-    code: int | None
 
 
 class Reported(msgspec.Struct, frozen=True):
@@ -151,7 +145,7 @@ class FailOver(msgspec.Struct, frozen=True):
     cause: str
 
 
-Event = Answered | Refused | TimedOut | Exited | Reported | HostJudged | Ordered | Troubled | ProbeVoided | Stalled | Tick
+Event = Answered | Refused | TimedOut | Reported | HostJudged | Ordered | Troubled | ProbeVoided | Stalled | Tick
 Command = Probe | Publish | FailOver
 
 
@@ -276,12 +270,6 @@ class EngineDetector:
         self._fail_probe(event.why, now)
         return []
 
-    def _on_exit(self, event: Exited, now: float) -> list[Command]:
-        self._dead = f"its process ended with code {event.code}" if event.code is not None else "its process ended"
-        self._outdated = self._probing
-        self._probe_again(now)
-        return []
-
     def _on_report(self, event: Reported, now: float) -> list[Command]:
         report = event.report
         self._note_process(report)
@@ -399,7 +387,7 @@ class EngineDetector:
         self._vain_at = at if self._vain_at is None else min(at, self._vain_at)
 
     def _is_past(self) -> bool:
-        """True when a probe ended that was asked of an earlier process, or of one that has ended meanwhile."""
+        """True when a probe ended that was asked of an earlier process."""
         self._probing, past = False, self._outdated
         self._outdated = False
         return past
@@ -528,7 +516,6 @@ _MOVES: Mapping[type, Callable[[EngineDetector, Any, float], list[Command]]] = {
     Answered: EngineDetector._on_answer,
     Refused: EngineDetector._on_refusal,
     TimedOut: EngineDetector._on_timeout,
-    Exited: EngineDetector._on_exit,
     Reported: EngineDetector._on_report,
     HostJudged: EngineDetector._on_host,
     Ordered: EngineDetector._on_order,

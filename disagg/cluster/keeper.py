@@ -18,9 +18,9 @@ import aiohttp
 import msgspec
 import structlog
 
-from disagg.cluster.detector import Answered
-from disagg.cluster.prober import Prober, read_bootstrap_port
-from disagg.engines.base import EngineLaunch, EngineRecord, Launcher, ReadyFile, RunningEngine, decode_kept, encode_kept
+from disagg.cluster.detector import Answered, Refused, TimedOut
+from disagg.cluster.prober import Prober, Seen, read_bootstrap_port
+from disagg.engines.base import EngineLaunch, EngineRecord, Launcher, RunningEngine, decode_kept, encode_kept
 from disagg.engines.restart import (
     Adopted,
     BecameReady,
@@ -122,14 +122,13 @@ class _Watched:
         self._mode_fault = ""
         self._drained = ""
         self._switching = ""
-        self._said: tuple[EngineState, str, Role] | None = None
+        self._said: tuple[EngineState, Role] | None = None
 
-    async def _look(self, address: EngineAddress, *, anew: bool = False) -> Answered | str:
-        """The engine's answer, or why there is none."""
+    async def _look(self, address: EngineAddress, *, anew: bool = False) -> Seen:
         known = self._facts if self._facts.model and not anew else None
         seen = await self._prober.look(address, known, POLL_PATIENCE_S)
         if not isinstance(seen, Answered):
-            return getattr(seen, "why", "it refuses connections")
+            return seen
         self._answered_at = self._loop.time()
         self._facts = self._facts if seen.facts == self._facts else seen.facts
         self._load, self._counter, self._working = seen.load, seen.counter, seen.working
@@ -174,8 +173,8 @@ class _Watched:
 
     def _say_changes(self, state: EngineState, reason: str) -> None:
         """Tells the router at once when the state is another one; everything else may wait for the next heartbeat."""
-        said = (state, reason, self._role)
-        if self._said is None or self._said[::2] != said[::2]:
+        said = (state, self._role)
+        if self._said != said:
             self._log.info("engine", state=state.value, reason=reason, role=self._role.value)
             self._said = said
             self._on_change()
@@ -214,7 +213,7 @@ class _Watched:
         self._mode_fault = ""
         seen = await self._look(address, anew=True)
         self._on_change()
-        how = "" if isinstance(seen, Answered) else f"; it does not answer yet: {seen}"
+        how = "" if isinstance(seen, Answered) else f"; it does not answer yet: {_why_silent(seen)}"
         return True, f"it switched from {was} to {role} and kept its weights and its KV pool{how}"
 
 
@@ -254,14 +253,12 @@ class EngineKeeper(_Watched):
         self._life = life
         self._spawn = spawn
         self._process: RunningEngine | None = None
-        self._ready: ReadyFile | None = None
         self._address: EngineAddress | None = None
         self._start_ticks = 0
         self._last_words = ""
         self._leaving: RunningEngine | None = None
         self._outdated = ""
         self._wake = asyncio.Event()
-        self._ended = asyncio.Event()
 
     @property
     def deaths(self) -> int:
@@ -318,17 +315,15 @@ class EngineKeeper(_Watched):
 
     def _watch(self, process: RunningEngine, record: EngineRecord) -> None:
         self._process = process
-        self._ready, self._start_ticks = record.ready, record.start_ticks
+        self._start_ticks = record.start_ticks
         self._facts, self._load, self._counter, self._working = EngineFacts(), EngineLoad(), 0, False
         self._mode_fault = self._last_words = ""
         self._answered_at = self._loop.time()
         self._address = record.ready.address(record) if record.ready is not None else None
-        self._ended.clear()
         self._spawn(self._report_end(process), f"wait for the end of {self.id}")
 
     async def _report_end(self, process: RunningEngine) -> None:
         code = await process.wait()
-        self._ended.set()
         if process is self._process:
             if self._life.state not in {State.STOPPING, State.STOPPED}:
                 self._last_words = process.log_tail()[:LAST_WORDS_LIMIT]
@@ -381,7 +376,7 @@ class EngineKeeper(_Watched):
         if process is not self._process:
             return
         record = process.record(ready=ready)
-        self._ready, self._address = ready, ready.address(record)
+        self._address = ready.address(record)
         while process.alive and process is self._process:
             if isinstance(await self._look(self._address, anew=True), Answered):
                 break
@@ -552,11 +547,11 @@ class AttachedKeeper(_Watched):
         """Looks at it; who did not answer the last time may be another engine now, and is asked for everything."""
         anew = self._why != ""
         seen = await self._look(self._address, anew=anew)
-        why = "" if isinstance(seen, Answered) else seen
+        self._refusals = self._refusals + 1 if isinstance(seen, Refused) else 0
+        why = "" if isinstance(seen, Answered) else _why_silent(seen)
         if anew and not why and self._asks_port:
             why = await self._learn_port()
         self._why = why
-        self._refusals = self._refusals + 1 if why == "it refuses connections" else 0
 
     async def _learn_port(self) -> str:
         """Where decode engines meet it, as it says itself. Returns why that cannot be had now; one that does not say keeps none."""
@@ -596,6 +591,10 @@ class AttachedKeeper(_Watched):
 
     def let_go(self) -> None:
         """Nothing is held."""
+
+
+def _why_silent(seen: Refused | TimedOut) -> str:
+    return "it refuses connections" if isinstance(seen, Refused) else seen.why
 
 
 _MAY_RUN = frozenset({EngineState.READY, EngineState.DRAINING, EngineState.SWITCHING})
