@@ -20,7 +20,7 @@ import structlog
 
 from disagg import __version__
 from disagg.cluster.agent import Agent, Identity
-from disagg.cluster.keeper import MODES, AttachedKeeper, EngineKeeper, Keeper
+from disagg.cluster.keeper import AttachedKeeper, EngineKeeper, Keeper
 from disagg.cluster.prober import Prober
 from disagg.config import Config, EngineEntry, parse_attach, parse_join
 from disagg.engines.base import EngineLaunch, Launcher
@@ -28,7 +28,7 @@ from disagg.engines.process import ChildLauncher, UnitLauncher
 from disagg.engines.restart import EngineLife, Limits
 from disagg.errors import ConfigError, StartError
 from disagg.life import Say, Stop, owned_tasks, raise_file_limit, run, settle_memory
-from disagg.model import EngineAddress, EngineId, Role
+from disagg.model import MODES, EngineAddress, EngineId, Role
 from disagg.observe.log import make_logger
 from disagg.security.keys import KeyPair, load_given_key, load_or_make_key
 from disagg.security.state import create_private, host_folder, read_private, state_root, write_private

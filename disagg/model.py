@@ -25,6 +25,10 @@ class Role(StrEnum):
     UNIFIED = "unified"
 
 
+MODES = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.UNIFIED: "null"}
+"""SGLang's words for them, its ``disaggregation_mode``."""
+
+
 class EngineState(StrEnum):
     """Where an engine is in its life; only ``READY`` ones get new work. The words are those of ``/admin/cluster``."""
 

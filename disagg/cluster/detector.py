@@ -36,7 +36,7 @@ from typing import Any
 import msgspec
 
 from disagg.engines.progress import Progress
-from disagg.model import EngineAddress, EngineFacts, EngineId, EngineLoad, EngineState, EngineView, HostId, HostState, Role
+from disagg.model import MODES, EngineAddress, EngineFacts, EngineId, EngineLoad, EngineState, EngineView, HostId, HostState
 from disagg.wire.messages import EngineReport
 
 REFUSALS_UNTIL_DEAD = 2
@@ -404,7 +404,7 @@ class EngineDetector:
     @property
     def _mode_fault(self) -> str:
         role = self._view.address.role
-        wrong = bool(self._mode) and self._mode != _MODES[role] and not self._is_switching
+        wrong = bool(self._mode) and self._mode != MODES[role] and not self._is_switching
         return f"it was given as a {role} engine but runs in mode {self._mode!r}" if wrong else ""
 
     @property
@@ -510,7 +510,6 @@ class EngineDetector:
 _OUT_OF_LIFE = frozenset({EngineState.DEAD, EngineState.HELD})
 _EXEMPT = frozenset({EngineState.STARTING, EngineState.SWITCHING})
 _NOT_HEARD = frozenset({HostState.SILENT, HostState.LEFT})
-_MODES = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.UNIFIED: "null"}
 
 _MOVES: Mapping[type, Callable[[EngineDetector, Any, float], list[Command]]] = {
     Answered: EngineDetector._on_answer,

@@ -46,7 +46,7 @@ from disagg.engines.restart import (
     Tick,
 )
 from disagg.errors import StartError
-from disagg.model import EngineAddress, EngineFacts, EngineId, EngineLoad, EngineState, Role
+from disagg.model import MODES, EngineAddress, EngineFacts, EngineId, EngineLoad, EngineState, Role
 from disagg.security.state import read_private, write_private
 from disagg.wire.messages import EngineReport
 
@@ -598,4 +598,3 @@ def _why_silent(seen: Refused | TimedOut) -> str:
 
 
 _MAY_RUN = frozenset({EngineState.READY, EngineState.DRAINING, EngineState.SWITCHING})
-MODES = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.UNIFIED: "null"}
