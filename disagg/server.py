@@ -118,21 +118,22 @@ async def router_running(
     loop = asyncio.get_running_loop()
     section = config.router
     async with contextlib.AsyncExitStack() as stack:
+        group = await stack.enter_async_context(owned_tasks())
+
+        def spawn(work: Coroutine[Any, Any, None], name: str) -> Any:
+            return group.create_task(supervised(work, name, log), name=name)
+
         controller = Controller(
             addresses,
             probe_interval_s=section.probe_interval_s,
             probe_timeout_s=section.probe_timeout_s,
+            spawn=spawn,
             change_limits=ChangeLimits(drain_s=config.cluster.drain_timeout_s),
             may_join=root is not None,
             log=log,
         )
         metrics = RouterMetrics(lambda: controller.view)
         ids = Ids()
-        group = await stack.enter_async_context(owned_tasks())
-
-        def spawn(work: Coroutine[Any, Any, None], name: str) -> Any:
-            return group.create_task(supervised(work, name, log), name=name)
-
         relay = Relay(
             view=lambda: controller.view,
             limits=_limits(config),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Coroutine
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ from aiohttp import web
 
 from disagg.cluster.controller import Controller
 from disagg.cluster.prober import read_load
+from disagg.life import owned_tasks, supervised
 from disagg.model import EngineLoad, EngineState, Role
 from disagg.observe.log import make_logger
 from tests.fake_engine import FakeEngine, fake_engine, until
@@ -51,16 +52,19 @@ class Babbler(FakeEngine):
     ids=str,
 )
 async def test_an_engine_that_answers_probes_with_nonsense_hurts_nobody(answer: dict[str, Any]) -> None:
-    bad = Babbler(answer)
+    bad, log = Babbler(answer), make_logger("error", "text")
     await bad.start()
     try:
-        async with fake_engine(Role.UNIFIED, 1, "demo") as good, asyncio.TaskGroup() as group:
-            watcher = Controller([bad.address, good.address], probe_interval_s=0.05, probe_timeout_s=2.0, log=make_logger("error", "text"))
+        async with fake_engine(Role.UNIFIED, 1, "demo") as good, owned_tasks() as group:
+
+            def spawn(work: Coroutine[Any, Any, None], name: str) -> Any:
+                return group.create_task(supervised(work, name, log), name=name)
+
+            watcher = Controller([bad.address, good.address], probe_interval_s=0.05, probe_timeout_s=2.0, spawn=spawn, log=log)
             task = group.create_task(watcher.run(), name="controller")
             await until(lambda: task.done() or (bad.probes >= 3 and watcher.view.engines[1].state is S.READY))
             assert not task.done()
             assert watcher.view.pools.keys() == {"demo"}
-            task.cancel()
     finally:
         await bad.stop()
 

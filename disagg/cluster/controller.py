@@ -113,6 +113,7 @@ class Controller:
         addresses: engines without an agent, given by URL; they never go.
         probe_interval_s: how often a ready one of these is looked at.
         probe_timeout_s: how long an engine may take to answer.
+        spawn: runs a coroutine as a named task that somebody owns.
         change_limits: of drains, switches and restarts.
         may_join: hosts can join as well.
 
@@ -128,6 +129,7 @@ class Controller:
         *,
         probe_interval_s: float,
         probe_timeout_s: float,
+        spawn: Callable[[Coroutine[Any, Any, None], str], Any],
         log: structlog.typing.FilteringBoundLogger,
         change_limits: Limits | None = None,
         may_join: bool = False,
@@ -135,6 +137,7 @@ class Controller:
         self._loop = asyncio.get_running_loop()
         self._log = log
         self._prober = Prober(probe_timeout_s)
+        self._spawn = spawn
         self._interval_s = probe_interval_s
         self._change_limits = change_limits or Limits()
         self._may_join = may_join
@@ -156,7 +159,6 @@ class Controller:
         self._stalled_at = 0.0
         self._data: DataPath | None = None
         self._control: Hosts | None = None
-        self._tasks: asyncio.TaskGroup | None = None
         self._wake = asyncio.Event()
         self.on_beat: Callable[[float, float], None] | None = None
         self.view = self._make_view()
@@ -171,11 +173,8 @@ class Controller:
     async def run(self) -> None:
         """Watches until cancelled."""
         try:
-            async with asyncio.TaskGroup() as tasks:
-                self._tasks = tasks
-                await self._beat_on()
+            await self._beat_on()
         finally:
-            self._tasks = None
             await self._prober.close()
 
     async def _beat_on(self) -> None:
@@ -378,19 +377,6 @@ class Controller:
     def _known(self, detector: EngineDetector) -> EngineFacts | None:
         fresh = detector.view.state is EngineState.READY and self._loop.time() < self._facts_until.get(detector.id, 0.0)
         return detector.view.facts if fresh else None
-
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        if self._tasks is None:
-            work.close()  # nobody watches any more
-        else:
-            self._tasks.create_task(self._supervised(work, name), name=name)
-
-    async def _supervised(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        """A fault of ours in one of these must not end the router."""
-        try:
-            await work
-        except Exception:  # noqa: BLE001  # counted by its line in the log
-            self._log.exception("a task of the controller failed", task=name)
 
     # --- what people order
 
