@@ -81,7 +81,8 @@ def _flag(setting: Setting) -> inspect.Parameter:
         kind = get_args(kind)[0]
     annotation = list[str] | None if is_repeatable(setting) else kind | None
     shown = "" if is_repeatable(setting) else f"  [default: {setting.default if setting.default != '' else 'empty'}]"
-    option = typer.Option(setting.flag, help=setting.text + shown, show_default=False)
+    flag = f"{setting.flag}/--no-{setting.flag[2:]}" if kind is bool else setting.flag
+    option = typer.Option(flag, help=setting.text + shown, show_default=False)
     return inspect.Parameter(setting.key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option])
 
 

@@ -63,13 +63,51 @@ class RouterSection(msgspec.Struct, frozen=True):
 class EngineSection(msgspec.Struct, frozen=True):
     """Defaults of the engines that are started on this host."""
 
-    engine: Annotated[str, _doc("Which engine: embedded.", pattern=r"^embedded\Z")] = "embedded"
-    model: Annotated[str, _doc("A Hugging Face folder; empty means the demo model that comes with disagg.")] = ""
+    engine: Annotated[str, _doc("Which engine: embedded (comes with disagg) or sglang.", pattern=r"^(embedded|sglang)\Z")] = "embedded"
+    model: Annotated[
+        str, _doc("A Hugging Face folder, or with sglang a name that it looks up; empty means the demo model that comes with disagg.")
+    ] = ""
     served_name: Annotated[str, _doc("The model's name for clients; empty means `demo`, or the folder's name.")] = ""
-    page_size: Annotated[int, _doc("Tokens in a page of the KV pool.", ge=1, le=1024)] = 16
-    kv_pool_tokens: Annotated[int, _doc("Size of an engine's KV pool, in tokens.", ge=64, le=_MANY)] = 16384
-    max_running_requests: Annotated[int, _doc("Requests that an engine decodes at once.", ge=1, le=_MANY)] = 64
-    chunk_tokens: Annotated[int, _doc("Prompt tokens that an engine reads in one step.", ge=1, le=_MANY)] = 512
+    page_size: Annotated[int, _doc("Tokens in a page of the KV pool; at least 16 where KV events are on.", ge=1, le=1024)] = 16
+    kv_pool_tokens: Annotated[
+        int, _doc("Size of an engine's KV pool, in tokens; 0 means 16384 on a CPU, else what its memory holds.", ge=0, le=_MANY)
+    ] = 0
+    max_running_requests: Annotated[
+        int, _doc("Requests that an engine decodes at once; 0 means 64 for embedded, else the engine's choice.", ge=0, le=_MANY)
+    ] = 0
+    chunk_tokens: Annotated[
+        int, _doc("Prompt tokens that an engine reads in one step; 0 means 512 for embedded, else the engine's choice.", ge=0, le=_MANY)
+    ] = 0
+    sglang_python: Annotated[
+        str,
+        _doc(
+            "The Python that has SGLang; empty means disagg's own, else that of scripts/install-sglang-cpu.",
+            flag="--sglang-python",
+        ),
+    ] = ""
+    device: Annotated[
+        str, _doc("auto, or what SGLang's --device takes; auto means cpu on a host without an accelerator.", pattern=r"^[a-z]+\Z")
+    ] = "auto"
+    dtype: Annotated[str, _doc("Precision of weights and KV; empty means the model's own, float32 on a CPU.", pattern=r"^\w*\Z")] = ""
+    tp_size: Annotated[int, _doc("Tensor parallelism: GPUs of one engine, over all of its hosts.", ge=1, le=1024)] = 1
+    nodes: Annotated[int, _doc("Hosts of one engine; each runs its part under the same settings but node_rank.", ge=1, le=256)] = 1
+    node_rank: Annotated[int, _doc("Which of them this host is; 0 is the one that serves.", ge=0, le=255)] = 0
+    dist_address: Annotated[str, _doc("HOST:PORT on the first of them, where they meet.")] = ""
+    mem_fraction: Annotated[float, _doc("Share of GPU memory for weights and KV pool; 0 means the engine's choice.", ge=0, lt=1)] = 0.0
+    transfer_backend: Annotated[
+        str,
+        _doc(
+            "How KV caches travel: mooncake (RDMA), mooncake-tcp, nixl or mori; auto is mooncake where there is RDMA, else -tcp.",
+            pattern=r"^(auto|mooncake|mooncake-tcp|nixl|mori)\Z",
+        ),
+    ] = "auto"
+    ib_device: Annotated[str, _doc("RDMA devices for the KV transfer, for example mlx5_0,mlx5_1; empty means the engine's choice.")] = ""
+    kv_events: Annotated[bool, _doc("Engines tell what their prefix cache holds.")] = True
+    role_switch: Annotated[bool, _doc("Engines are started so that a flip need not restart them, where the release can.")] = True
+    bind: Annotated[str, _doc("Where engines listen; empty means the advertised address.")] = ""
+    i_know: Annotated[
+        bool, _doc("Allows engines to listen on every address, although their bootstrap and transfer ports ask nobody who they are.")
+    ] = False
     engine_args: Annotated[tuple[str, ...], _doc("Handed to the engine as it is. Repeatable.", flag="--engine-arg")] = ()
     attach: Annotated[str, _doc("Watch an engine that runs already, URL or URL,BOOTSTRAP_PORT, instead of starting one.")] = ""
     supervise: Annotated[
@@ -93,6 +131,8 @@ class EngineEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         name: its id is the host's name, a dash, and this.
         role: empty means the host's.
         gpus: the GPUs that it may see; empty means all.
+        ib_device: instead of that of ``[engine]``.
+        numa: the NUMA nodes of its ranks; SGLang only.
         ports: its HTTP port and its bootstrap port; empty means free ones.
         engine_args: after those of ``[engine]``.
     """
@@ -100,6 +140,8 @@ class EngineEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")]
     role: Role | None = None
     gpus: tuple[Annotated[int, msgspec.Meta(ge=0, le=255)], ...] = ()
+    ib_device: str = ""
+    numa: tuple[Annotated[int, msgspec.Meta(ge=0, le=255)], ...] = ()
     ports: tuple[Annotated[int, msgspec.Meta(ge=0, le=65535)], ...] = ()
     engine_args: tuple[str, ...] = ()
 
@@ -396,6 +438,8 @@ _ENGINES_EXAMPLE = """\
 # name = "a"                # its id is the host's name, a dash, and this
 # role = "prefill"          # else the host's role
 # gpus = [0, 1]             # the GPUs that it may see
+# ib_device = "mlx5_0"      # its RDMA device; else that of [engine]
+# numa = [0]                # the NUMA nodes of its ranks
 # ports = [30000, 8998]     # HTTP and bootstrap; else free ones
 # engine_args = []          # after those of [engine]"""
 

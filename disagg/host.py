@@ -9,9 +9,8 @@ import os
 import re
 import secrets
 import socket
-import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,40 +22,23 @@ from disagg.cluster.agent import Agent, Identity
 from disagg.cluster.keeper import AttachedKeeper, EngineKeeper, Keeper
 from disagg.cluster.prober import Prober
 from disagg.config import Config, EngineEntry, parse_attach, parse_join
-from disagg.engines.base import EngineLaunch, Launcher
+from disagg.engines.base import Launcher
 from disagg.engines.process import ChildLauncher, UnitLauncher
 from disagg.engines.restart import EngineLife, Limits
 from disagg.errors import ConfigError, StartError
+from disagg.launches import KEY_VARIABLE, EngineSpec, Launches
 from disagg.life import Say, Stop, owned_tasks, raise_file_limit, run, settle_memory
-from disagg.model import MODES, EngineAddress, EngineId, Role
+from disagg.model import EngineAddress, EngineId, Role
 from disagg.observe.log import make_logger
 from disagg.security.keys import KeyPair, load_given_key, load_or_make_key
 from disagg.security.state import create_private, host_folder, read_private, state_root, write_private
 from disagg.security.token import Token
 
-__all__ = ["EngineSpec", "Host", "HostPlan", "host_running", "make_plan", "model_of", "run", "serve_host"]
+__all__ = ["Host", "HostPlan", "host_running", "make_plan", "run", "serve_host"]
 
-DEMO_MODEL = Path(__file__).parent / "engines" / "embedded" / "demo_model"
 PROBE_PATIENCE_S = 2.0
 TOKEN_VARIABLE = "DISAGG_TOKEN"  # noqa: S105  # the variable's name
-KEY_VARIABLE = "DISAGG_ENGINE_API_KEY"
 URGENT_STOP_S = 1.0
-
-
-class EngineSpec(msgspec.Struct, frozen=True):
-    """One engine of this host, as configured.
-
-    Attributes:
-        gpus: those that it may see; empty means all.
-        ports: HTTP and bootstrap; empty means free ones.
-        args: handed to it as they are.
-    """
-
-    id: EngineId
-    role: Role
-    gpus: tuple[int, ...] = ()
-    ports: tuple[int, ...] = ()
-    args: tuple[str, ...] = ()
 
 
 class HostPlan(msgspec.Struct, frozen=True):
@@ -101,6 +83,10 @@ class Host:
     def deaths(self, engine: EngineId) -> int:
         """How often an engine of this host died lately."""
         return next((k.deaths for k in self.keepers if k.id == engine and isinstance(k, EngineKeeper)), 0)
+
+    def progress(self, engine: EngineId) -> str:
+        """How far the start of an engine of this host has come; empty where its log says nothing of that."""
+        return next((k.progress for k in self.keepers if k.id == engine and isinstance(k, EngineKeeper)), "")
 
 
 @contextlib.asynccontextmanager
@@ -218,7 +204,7 @@ class _Parts:
         self._prober = prober
         self._log = log
         self._launcher: Launcher = UnitLauncher() if config.engine.supervise == "systemd" else ChildLauncher()
-        self._model, self._model_name = model_of(config)
+        self._launches = Launches(config, plan.advertise, plan.root / "engines", is_child=plan.is_child)
 
     def keeper(self, spec: EngineSpec) -> Keeper:
         section = self._config.engine
@@ -231,7 +217,8 @@ class _Parts:
             spec.id,
             spec.role,
             host=self._plan.name,
-            launch_for=self._launcher_of(spec),
+            launch_for=lambda role: self._launches.of(spec, role),
+            settings_for=lambda role: self._launches.settings(spec, role),
             launcher=self._launcher,
             folder=self._plan.root / "engines",
             life=EngineLife(limits),
@@ -248,46 +235,6 @@ class _Parts:
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         assert self.agent is not None
         self.agent.spawn(work, name)
-
-    def _launcher_of(self, spec: EngineSpec) -> Callable[[Role], EngineLaunch]:
-        return lambda role: self._embedded(spec, role)
-
-    def _embedded(self, spec: EngineSpec, role: Role) -> EngineLaunch:
-        section, plan = self._config.engine, self._plan
-        folder = plan.root / "engines" / spec.id
-        http, bootstrap = spec.ports or (0, 0)
-        argv = [sys.executable, "-m", "disagg.engines.embedded"]
-        argv += ["--model-path", str(self._model), "--served-model-name", self._model_name, "--host", plan.advertise, "--port", str(http)]
-        argv += ["--disaggregation-mode", MODES[role], "--disaggregation-bootstrap-port", str(bootstrap)]
-        argv += ["--page-size", str(section.page_size), "--max-total-tokens", str(section.kv_pool_tokens)]
-        argv += ["--max-running-requests", str(section.max_running_requests), "--chunked-prefill-size", str(section.chunk_tokens)]
-        # The second flag keeps a prefix cache on decode engines, without which they would have none after a flip to prefill.
-        argv += [] if role is Role.UNIFIED else ["--enable-pd-role-switch", "--disaggregation-decode-enable-radix-cache"]
-        argv += [
-            "--ready-file",
-            str(folder / "ready.json"),
-            *(["--exit-with-parent"] if plan.is_child else []),
-            *section.engine_args,
-            *spec.args,
-        ]
-        key = "" if plan.is_child else secrets.token_urlsafe(24)
-        env = {KEY_VARIABLE: key} if key else {}
-        env |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, spec.gpus))} if spec.gpus else {}
-        return EngineLaunch(spec.id, role, tuple(argv), env, folder / "ready.json", folder / "log", key)
-
-
-def model_of(config: Config) -> tuple[Path, str]:
-    """The model's folder and the name under which it is served.
-
-    Raises:
-        StartError: it is no model folder.
-    """
-    if not config.engine.model:
-        return DEMO_MODEL, config.engine.served_name or "demo"
-    folder = Path(config.engine.model)
-    if not (folder / "config.json").is_file():
-        raise StartError(f"the model folder {folder} has no config.json: give a Hugging Face folder with --model")
-    return folder.absolute(), config.engine.served_name or folder.resolve().name
 
 
 # --- disagg serve --role prefill | decode | unified
@@ -348,13 +295,17 @@ def make_plan(config: Config, role: Role, token: str) -> HostPlan:
             f" start the engine at {advertise} and give that"
         )
     name = config.cluster.name or default_name(socket.gethostname(), role)
+    specs = _specs(config.engines, name, role)
+    root = state_root(config.security.state_dir or None, os.environ)
+    for spec in specs if not config.engine.attach else ():
+        Launches(config, advertise, root / "engines", is_child=False).check(spec)
     given = token or _token_in_file(config.security.token_file) or os.environ.get(TOKEN_VARIABLE, "").strip()
     return HostPlan(
         name=name,
         join=join,
         advertise=advertise,
-        engines=_specs(config.engines, name, role),
-        root=state_root(config.security.state_dir or None, os.environ),
+        engines=specs,
+        root=root,
         token=Token.decode(given) if given else None,
     )
 
@@ -362,7 +313,9 @@ def make_plan(config: Config, role: Role, token: str) -> HostPlan:
 def _specs(entries: tuple[EngineEntry, ...], name: str, role: Role) -> tuple[EngineSpec, ...]:
     if not entries:
         return (EngineSpec(EngineId(name), role),)
-    return tuple(EngineSpec(EngineId(f"{name}-{e.name}"), e.role or role, e.gpus, e.ports, e.engine_args) for e in entries)
+    return tuple(
+        EngineSpec(EngineId(f"{name}-{e.name}"), e.role or role, e.gpus, e.ib_device, e.numa, e.ports, e.engine_args) for e in entries
+    )
 
 
 def _token_in_file(path: str) -> str:

@@ -83,7 +83,11 @@ class EngineAddress(msgspec.Struct, frozen=True):
 
 
 class EngineFacts(msgspec.Struct, frozen=True):
-    """What does not change while an engine lives. Empty strings and zeros where the engine does not say."""
+    """What does not change while an engine lives. Empty strings and zeros where the engine does not say.
+
+    Attributes:
+        part: which part of an engine over several hosts; only part 0 serves requests.
+    """
 
     model: str = ""
     model_hash: str = ""
@@ -93,6 +97,7 @@ class EngineFacts(msgspec.Struct, frozen=True):
     version: str = ""
     dtype: str = ""
     tp_size: int = 0
+    part: int = 0
 
     def why_not_paired_with(self, other: EngineFacts) -> str:
         """What keeps two engines of one model from exchanging KV pages; empty when nothing does.
@@ -221,7 +226,7 @@ class ClusterView(msgspec.Struct, frozen=True):
     def of(cls, engines: Iterable[EngineView], hosts: Iterable[HostView] = (), *, may_join: bool = False) -> ClusterView:
         """Builds a view and its pools from engines in the order of their slots."""
         engines = tuple(engines)
-        ready = [e for e in engines if e.state is EngineState.READY]
+        ready = [e for e in engines if e.state is EngineState.READY and not e.facts.part]
         models = sorted({e.facts.model for e in ready})
         pools = {m: _pool([e for e in ready if e.facts.model == m]) for m in models}
         lone = {e.id: e for pool in pools.values() if pool.islands or not pool.can_pair for e in _lone(pool, engines)}

@@ -25,8 +25,9 @@ from disagg.cluster.transport import ControlServer
 from disagg.config import Config, RouterSection, SecuritySection, engine_addresses, parse_listen
 from disagg.errors import OrderError, StartError
 from disagg.handoff import Limits
-from disagg.host import EngineSpec, Host, HostPlan, host_running, model_of, only_one
+from disagg.host import Host, HostPlan, host_running, only_one
 from disagg.ids import Ids
+from disagg.launches import EngineSpec, model_of
 from disagg.life import Say, Stop, owned_tasks, raise_file_limit, run, settle_memory, supervised
 from disagg.model import EngineAddress, EngineId, EngineState, EngineView, Role
 from disagg.observe.log import make_logger
@@ -385,7 +386,7 @@ async def run_up(config: Config, counts: dict[Role, int], say: Say) -> None:
         )
         quiet = make_logger("error" if config.observe.log_level == "error" else "warning", config.observe.log_format)
         host = await stack.enter_async_context(host_running(config, plan, quiet))  # the router says the same of its engines
-        await _wait_ready(router, host, stop)
+        await _wait_ready(router, host, stop, say)
         for engine in router.controller.view.engines:
             _say_engine(engine, say)
         say_listeners(config, say)
@@ -409,12 +410,13 @@ def _throw_away(config: Config) -> Config:
     )
 
 
-async def _wait_ready(router: Router, host: Host, stop: Stop) -> None:
-    """Until every engine serves, a signal came, or one of them cannot start.
+async def _wait_ready(router: Router, host: Host, stop: Stop, say: Say) -> None:
+    """Until every engine serves, a signal came, or one of them cannot start. Tells how far each has come.
 
     Raises:
         StartError: an engine cannot start.
     """
+    told: dict[EngineId, str] = {}
     async with owned_tasks() as group:
         group.create_task(_set_when(router.controller.wait_all_ready(len(host.keepers)), ready := asyncio.Event()), name="wait until ready")
         while not ready.is_set() and not stop.asked.is_set():
@@ -423,6 +425,11 @@ async def _wait_ready(router: Router, host: Host, stop: Stop) -> None:
                 raise StartError(f"the engine {failed.id} does not start: {failed.reason}")
             if host.task.done():
                 await host.task
+            for keeper in host.keepers:
+                progress = host.progress(keeper.id)
+                if progress and told.get(keeper.id) != progress:
+                    told[keeper.id] = progress
+                    say(f"  {keeper.id:<12} {progress}")
             await asyncio.sleep(START_POLL_S)
 
 

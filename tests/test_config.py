@@ -64,7 +64,7 @@ def test_every_setting_stands_in_it_once_under_its_sentence() -> None:
 def test_units_are_in_the_names() -> None:
     for setting in EVERY:
         if isinstance(setting.default, float):
-            assert setting.key.endswith("_s")
+            assert setting.key.endswith(("_s", "_fraction"))
 
 
 def test_flags_are_unique() -> None:

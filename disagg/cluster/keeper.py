@@ -20,6 +20,7 @@ import structlog
 
 from disagg.cluster.detector import Answered, Refused, TimedOut
 from disagg.cluster.prober import Prober, Seen, read_bootstrap_port
+from disagg.engines import diagnosis
 from disagg.engines.base import EngineLaunch, EngineRecord, Launcher, RunningEngine, decode_kept, encode_kept
 from disagg.engines.restart import (
     Adopted,
@@ -45,7 +46,7 @@ from disagg.engines.restart import (
     Terminate,
     Tick,
 )
-from disagg.errors import StartError
+from disagg.errors import ConfigError, DisaggError, StartError
 from disagg.model import MODES, EngineAddress, EngineFacts, EngineId, EngineLoad, EngineState, Role
 from disagg.security.state import read_private, write_private
 from disagg.wire.messages import EngineReport
@@ -54,7 +55,6 @@ POLL_S = 0.25
 POLL_PATIENCE_S = 1.0
 UNANSWERED_S = 2.0
 PROBE_PATIENCE_S = 10.0
-LAST_WORDS_LIMIT = 300
 SWITCH_PATIENCE_S = 60.0
 """Decode captures its CUDA graphs anew on a flip; that may take long."""
 
@@ -115,6 +115,7 @@ class _Watched:
         self._log = log.bind(engine=engine)
         self._loop = asyncio.get_running_loop()
         self._facts = EngineFacts()
+        self._own_facts = EngineFacts()  # what its host knows and it does not say
         self._load = EngineLoad()
         self._counter = 0
         self._working = False
@@ -130,7 +131,8 @@ class _Watched:
         if not isinstance(seen, Answered):
             return seen
         self._answered_at = self._loop.time()
-        self._facts = self._facts if seen.facts == self._facts else seen.facts
+        facts = seen.facts if seen.facts.model_hash else msgspec.structs.replace(seen.facts, model_hash=self._own_facts.model_hash)
+        self._facts = self._facts if facts == self._facts else facts
         self._load, self._counter, self._working = seen.load, seen.counter, seen.working
         if seen.mode:
             self._check_mode(seen.mode)
@@ -222,7 +224,8 @@ class EngineKeeper(_Watched):
 
     Args:
         host: the name of this host, for its record.
-        launch_for: how to start it in a role; makes a fresh API key each time.
+        launch_for: how to start it in a role; makes a fresh API key each time. May block, so it is called in a thread.
+        settings_for: what such a launch's settings would be now, to compare with those of a running engine. Blocks as well.
         folder: where its record is kept.
         life: the machine.
         spawn: runs a coroutine as a task that the agent owns.
@@ -236,6 +239,7 @@ class EngineKeeper(_Watched):
         *,
         host: str,
         launch_for: Callable[[Role], EngineLaunch],
+        settings_for: Callable[[Role], tuple[str, ...]],
         launcher: Launcher,
         folder: Path,
         life: EngineLife,
@@ -248,6 +252,7 @@ class EngineKeeper(_Watched):
         self.adopted = False
         self._host = host
         self._launch_for = launch_for
+        self._settings_for = settings_for
         self._launcher = launcher
         self._folder = folder
         self._life = life
@@ -255,7 +260,7 @@ class EngineKeeper(_Watched):
         self._process: RunningEngine | None = None
         self._address: EngineAddress | None = None
         self._start_ticks = 0
-        self._last_words = ""
+        self._progress = ""  # how far its start has come
         self._leaving: RunningEngine | None = None
         self._outdated = ""
         self._wake = asyncio.Event()
@@ -264,6 +269,11 @@ class EngineKeeper(_Watched):
     def deaths(self) -> int:
         """How often it died lately."""
         return self._life.deaths
+
+    @property
+    def progress(self) -> str:
+        """How far its start has come, as its log says."""
+        return self._progress
 
     # --- life
 
@@ -295,16 +305,14 @@ class EngineKeeper(_Watched):
         record = await asyncio.to_thread(self._load_record)
         if record is None:
             return False
-        if record.ready_file != self._launch_for(record.role).ready_file:
+        if record.launch.log_file != self._folder / self.id / "log":
             self._log.warning("the state directory is a copy of another one: the engine that it names belongs to that one", pid=record.pid)
             return False
         process = await self._launcher.adopt(record)
         if process is None:
             return False
         self._role, self._drained = record.role, record.drained
-        if self._launch_for(record.role).argv != record.argv:
-            self._outdated = f", but with older settings than it would be started with now: `disagg restart {self.id}`"
-            self._log.warning("an adopted engine runs with older settings than it would be started with now", pid=record.pid)
+        await self._compare_settings(record)
         self._watch(process, record)
         self._feed(Adopted(record.pid, ready=record.ready is not None))
         if record.ready is not None:
@@ -313,22 +321,35 @@ class EngineKeeper(_Watched):
             self._spawn(self._wait_ready(process), f"wait until {self.id} is ready")
         return True
 
+    async def _compare_settings(self, record: EngineRecord) -> None:
+        """With those of the role in which it was started: a switch changes no settings."""
+        try:
+            now = await asyncio.to_thread(self._settings_for, record.launch.role)
+        except DisaggError as error:
+            self._log.warning("an adopted engine could not be started with the present settings", pid=record.pid, why=str(error))
+            return
+        if now != (record.launch.settings or record.launch.argv):
+            self._outdated = f", but with older settings than it would be started with now: `disagg restart {self.id}`"
+            self._log.warning("an adopted engine runs with older settings than it would be started with now", pid=record.pid)
+
     def _watch(self, process: RunningEngine, record: EngineRecord) -> None:
         self._process = process
         self._start_ticks = record.start_ticks
         self._facts, self._load, self._counter, self._working = EngineFacts(), EngineLoad(), 0, False
-        self._mode_fault = self._last_words = ""
+        self._own_facts = EngineFacts(model_hash=record.launch.model_hash, part=record.launch.part)
+        self._mode_fault = self._progress = ""
         self._answered_at = self._loop.time()
         self._address = record.ready.address(record) if record.ready is not None else None
         self._spawn(self._report_end(process), f"wait for the end of {self.id}")
 
     async def _report_end(self, process: RunningEngine) -> None:
         code = await process.wait()
+        text = await asyncio.to_thread(_read_log, process)
         if process is self._process:
+            why = diagnosis.why(text, code)
             if self._life.state not in {State.STOPPING, State.STOPPED}:
-                self._last_words = process.log_tail()[:LAST_WORDS_LIMIT]
-                self._log.warning("an engine ended", pid=process.pid, code=code, last_words=self._last_words)
-            self._feed(Exited(code, process.pid))
+                self._log.warning("an engine ended", pid=process.pid, code=code, why=why)
+            self._feed(Exited(code, process.pid, why, diagnosis.is_lasting(text)))
 
     def _feed(self, event: Event) -> None:
         for command in self._life.handle(event, now=self._loop.time()):
@@ -355,18 +376,25 @@ class EngineKeeper(_Watched):
 
     async def _start(self) -> None:
         try:
-            launch = self._launch_for(self._role)
-            await asyncio.to_thread(write_private, self._launch_path, encode_kept(launch))
+            launch = await asyncio.to_thread(self._prepare, self._role)
             process = await self._launcher.start(launch)
-        except StartError as error:
+        except (StartError, ConfigError) as error:
             self._feed(SpawnFailed(str(error)))
             return
-        record = process.record(api_key=launch.api_key)
+        record = process.record()
         self._outdated = ""
         self._watch(process, record)
         self._feed(Spawned(process.pid))
         await self._save(record)
         await self._wait_ready(process)
+
+    def _prepare(self, role: Role) -> EngineLaunch:
+        """Makes the launch and writes what must be on disk before the process is there."""
+        launch = self._launch_for(role)
+        for path, content in launch.secret_files:
+            write_private(path, content.encode())
+        write_private(self._launch_path, encode_kept(launch))
+        return launch
 
     async def _wait_ready(self, process: RunningEngine) -> None:
         try:
@@ -375,15 +403,44 @@ class EngineKeeper(_Watched):
             return  # its end is reported by who waits for it
         if process is not self._process:
             return
-        record = process.record(ready=ready)
-        self._address = ready.address(record)
-        while process.alive and process is self._process:
-            if isinstance(await self._look(self._address, anew=True), Answered):
-                break
+        address = ready.address(process.record())
+        while process.alive and process is self._process and not await self._is_ready(process, address):  # noqa: ASYNC110  # it cannot call us
             await asyncio.sleep(POLL_S)
-        await self._save(record)
-        if process is self._process and self._life.state is State.STARTING:
+        if process is not self._process or not process.alive:
+            return
+        self._address = address
+        await self._save(process.record(ready=ready))
+        if self._life.state is State.STARTING:
             self._feed(BecameReady(process.pid))
+
+    async def _is_ready(self, process: RunningEngine, address: EngineAddress) -> bool:
+        """It says so, and answers. Until then its log is all that tells how far it is."""
+        text = await asyncio.to_thread(_read_log, process)
+        progress, stuck = diagnosis.progress(text), diagnosis.hopeless(text)
+        if stuck and process is self._process and process.alive:
+            self._log.error("killing an engine that cannot get ready", pid=process.pid, why=stuck)
+            process.kill()
+            return False
+        if progress != self._progress and process is self._process:
+            self._progress = progress
+            self._on_change()
+        if not await self._prober.is_ready(address, POLL_PATIENCE_S):
+            return False
+        return isinstance(await self._look(address, anew=True), Answered)
+
+    async def _look(self, address: EngineAddress, *, anew: bool = False) -> Seen:
+        if self._own_facts.part:
+            return await self._look_at_part(address)
+        return await super()._look(address, anew=anew)
+
+    async def _look_at_part(self, address: EngineAddress) -> Seen:
+        """A part of an engine over several hosts that is not its first one serves nothing and says nothing but that it is there."""
+        alive = await self._prober.is_ready(address, POLL_PATIENCE_S)
+        if not alive:
+            return TimedOut("it does not answer")
+        self._answered_at = self._loop.time()
+        self._facts = self._own_facts
+        return Answered(self._facts, EngineLoad(), "", 0, working=False)
 
     async def _save(self, record: EngineRecord) -> None:
         record = msgspec.structs.replace(record, role=self._role, drained=self._drained, host=self._host)
@@ -447,14 +504,13 @@ class EngineKeeper(_Watched):
                 state, reason = self._state_in_service()
                 return state, reason + self._outdated if state is EngineState.READY else reason
             case State.STARTING:
-                return EngineState.STARTING, self._life.reason
+                return EngineState.STARTING, self._life.reason + (f"; {self._progress}" if self._progress else "")
             case State.HELD:
                 return EngineState.HELD, self._life.reason
             case State.STOPPING:
                 return (EngineState.DEAD if self._process is None or not self._process.alive else EngineState.DRAINING), self._life.reason
             case _:
-                words = f" (its last words: {self._last_words})" if self._last_words else ""
-                return EngineState.DEAD, self._life.reason + words
+                return EngineState.DEAD, self._life.reason
 
     def _tell(self) -> None:
         self._say_changes(*self._state())
@@ -595,6 +651,11 @@ class AttachedKeeper(_Watched):
 
 def _why_silent(seen: Refused | TimedOut) -> str:
     return "it refuses connections" if isinstance(seen, Refused) else seen.why
+
+
+def _read_log(process: RunningEngine) -> str:
+    process.mask_key()
+    return process.log_text()
 
 
 _MAY_RUN = frozenset({EngineState.READY, EngineState.DRAINING, EngineState.SWITCHING})

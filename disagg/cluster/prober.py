@@ -71,6 +71,21 @@ class Prober:
             response.raise_for_status()
             return msgspec.json.decode(await response.read(), type=dict[str, Any])
 
+    async def is_ready(self, address: EngineAddress, patience_s: float) -> bool:
+        """Whether an engine says that it has started: ``/ready``, or ``/health`` where a release has none (SGLang before 0.5.20)."""
+        for path in ("/ready", "/health"):
+            try:
+                async with asyncio.timeout(patience_s):
+                    await self.touch(address, path)
+            except aiohttp.ClientResponseError as error:
+                if error.status == 404:
+                    continue
+                return False
+            except (TimeoutError, aiohttp.ClientError, OSError):
+                return False
+            return True
+        return True  # it answers, and knows neither: there is nothing to ask
+
     async def touch(self, address: EngineAddress, path: str) -> None:
         """Asks for a path and wants nothing but success. Raises as `get`."""
         async with self._open().get(address.url + path, headers=_headers(address)) as response:

@@ -16,24 +16,49 @@ from disagg.model import EngineAddress, EngineId, Role
 HIDDEN = "***"
 
 
+class KvSource(msgspec.Struct, frozen=True):
+    """Where an engine publishes what its prefix cache holds: SGLang's ``--kv-events-config``. ZeroMQ endpoints on this machine.
+
+    Attributes:
+        events: PUB; subscribe to everything.
+        replay: ROUTER; a REQ-shaped request with a sequence number gets the batches from there on.
+    """
+
+    events: str
+    replay: str
+
+
 class EngineLaunch(msgspec.Struct, frozen=True):
     """How to start an engine on this host.
 
     Attributes:
         argv: the command.
         env: added to this process's environment.
-        ready_file: where the engine writes its ports as one JSON object when it is ready.
         log_file: gets its standard output and error.
-        api_key: what the engine demands of its callers; it stands in `env` as well, where the engine reads it.
+        ready_file: where the engine writes its ports as one JSON object when it is ready; None for one that writes none, as SGLang.
+        url: where an engine without a ready file will serve; and `bootstrap_port`, where it meets its decode engines.
+        api_key: what the engine demands of its callers; it stands in `env` or in a secret file as well, where the engine reads it.
+        secret_files: to be written before the start, mode 0600: path and content.
+        settings: what was configured: `argv` without what differs from start to start; empty for all of `argv`.
+        kv_events: where it publishes its KV events; None where it does not.
+        model_hash: of its model folder, for an engine that does not say it itself.
+        part: which part of an engine over several hosts; only part 0 serves requests.
     """
 
     id: EngineId
     role: Role
     argv: tuple[str, ...]
     env: dict[str, str]
-    ready_file: Path
     log_file: Path
+    ready_file: Path | None = None
+    url: str = ""
+    bootstrap_port: int = 0
     api_key: str = ""
+    secret_files: tuple[tuple[Path, str], ...] = ()
+    settings: tuple[str, ...] = ()
+    kv_events: KvSource | None = None
+    model_hash: str = ""
+    part: int = 0
 
     def __repr__(self) -> str:
         return f"<EngineLaunch {self.id} {self.role}>"  # argv and env may hold secrets
@@ -48,36 +73,41 @@ class ReadyFile(msgspec.Struct, frozen=True):
     model: str = ""
     startup_s: float = 0.0
 
-    def address(self, launch: EngineLaunch | EngineRecord) -> EngineAddress:
+    def address(self, record: EngineRecord) -> EngineAddress:
         """Where the router reaches it."""
         host, _, port = self.url.removeprefix("http://").rstrip("/").rpartition(":")
         host = host.removeprefix("[").removesuffix("]")
-        return EngineAddress(launch.id, launch.role, host, int(port), self.bootstrap_port or 0, api_key=launch.api_key, pid=self.pid)
+        return EngineAddress(record.id, record.role, host, int(port), self.bootstrap_port or 0, api_key=record.launch.api_key, pid=self.pid)
 
 
 class EngineRecord(msgspec.Struct, frozen=True):
     """What the next agent must know to find a running engine again. It holds the engine's key: the file is 0600.
 
     Attributes:
+        launch: how it was started.
+        role: now; it may have been switched since its start.
         start_ticks: when the process started, clock ticks since boot; with pid and `boot_id` it names one process for all time.
         boot_id: the kernel's id of this boot.
+        log_from: where its output begins in the log, in bytes: before that stands what earlier lives wrote.
         ready: what the engine said when it became ready; None while it starts.
         host: the name of the host whose agent started it.
         drained: why a person took it out of service; empty when nobody did.
     """
 
-    id: EngineId
+    launch: EngineLaunch
     role: Role
     pid: int
     start_ticks: int
     boot_id: str
-    argv: tuple[str, ...]
-    log_file: Path
-    ready_file: Path
+    log_from: int = 0
     ready: ReadyFile | None = None
-    api_key: str = ""
     host: str = ""
     drained: str = ""
+
+    @property
+    def id(self) -> EngineId:
+        """The engine's id."""
+        return self.launch.id
 
     def __repr__(self) -> str:
         return f"<EngineRecord {self.id} {self.role} pid={self.pid} start_ticks={self.start_ticks} ready={self.ready is not None}>"
@@ -121,7 +151,7 @@ class RunningEngine(Protocol):
     def alive(self) -> bool:
         """False once its end was seen."""
 
-    def record(self, *, ready: ReadyFile | None = None, api_key: str = "") -> EngineRecord:
+    def record(self, *, ready: ReadyFile | None = None) -> EngineRecord:
         """What to keep for the next agent; what is left out is as it was known."""
 
     async def wait(self) -> int | None:
@@ -132,6 +162,12 @@ class RunningEngine(Protocol):
 
     def log_tail(self) -> str:
         """The last line of its log that says something."""
+
+    def log_text(self) -> str:
+        """The end of its log."""
+
+    def mask_key(self) -> int:
+        """Overwrites the engine's key where its log shows it; says how often that was."""
 
     def terminate(self) -> None:
         """Asks it to end."""

@@ -32,7 +32,9 @@ from disagg.errors import StartError
 from disagg.model import EngineId
 
 POLL_S = 0.02
-LOG_TAIL_BYTES = 4096
+LOG_TAIL_BYTES = 64 * 1024
+LOG_KEPT_BYTES = 64 << 20
+MASK_BYTES = 1 << 20
 LAUNCH_BYTES = 1 << 20
 KILL_LIMIT_S = 5.0
 """How long a killed process may take to vanish; longer means that it hangs in the kernel."""
@@ -62,6 +64,7 @@ class EngineProcess:
         self._loop = asyncio.get_running_loop()
         self._ended = asyncio.Event()
         self.code: int | None = None
+        self._masked_to = 0
         self._loop.add_reader(pidfd, self._on_exit)
 
     @classmethod
@@ -71,13 +74,13 @@ class EngineProcess:
         Raises:
             StartError: the command cannot be executed, or its log cannot be written.
         """
-        log = await asyncio.to_thread(_prepare, launch)
+        log, log_from = await asyncio.to_thread(_prepare, launch)
         try:
             # Not in a thread: fork and exec hold the interpreter's lock anyway, and PR_SET_PDEATHSIG is bound to the thread.
             child = _spawn(launch, log)
         finally:
             os.close(log)
-        return cls(*_identify_child(child, launch))
+        return cls(*_identify_child(child, launch, log_from))
 
     @classmethod
     def adopt(cls, record: EngineRecord) -> EngineProcess | None:
@@ -118,37 +121,54 @@ class EngineProcess:
         """What it said when it became ready, as far as known here."""
         return self._record.ready
 
-    def record(self, *, ready: ReadyFile | None = None, api_key: str = "") -> EngineRecord:
+    def record(self, *, ready: ReadyFile | None = None) -> EngineRecord:
         """What to keep on disk, mode 0600, for the next agent; what is left out is as it was known."""
-        known = self._record
-        self._record = msgspec.structs.replace(known, ready=ready or known.ready, api_key=api_key or known.api_key)
+        if ready is not None:
+            self._record = msgspec.structs.replace(self._record, ready=ready)
         return self._record
 
     async def wait_ready(self, limit_s: float) -> ReadyFile:
-        """Waits until it wrote its ready file.
+        """Waits until it wrote its ready file; an engine that writes none will be where its launch says.
 
         Raises:
             StartError: it ended, or was not ready within `limit_s` seconds; the sentence holds the end of its log.
         """
+        launch = self._record.launch
+        if launch.ready_file is None:
+            return ReadyFile(self.pid, launch.url, launch.bootstrap_port)
         try:
             async with asyncio.timeout(limit_s):
-                while not self._record.ready_file.exists():
+                while not launch.ready_file.exists():
                     if not self.alive:
                         raise StartError(f"the engine {self.id} ended with code {self.code} while it started: {self.log_tail()}")
                     await asyncio.sleep(POLL_S)
         except TimeoutError as error:
-            raise StartError(f"the engine {self.id} was not ready after {limit_s:g} s; see {self._record.log_file}") from error
-        ready = _read_ready(self._record)
+            raise StartError(f"the engine {self.id} was not ready after {limit_s:g} s; see {launch.log_file}") from error
+        ready = _read_ready(self.id, launch.ready_file)
         self.record(ready=ready)
         return ready
 
     def log_tail(self) -> str:
         """The last line of its log that says something, without the engine's key."""
-        lines = _tail(self._record.log_file).strip().splitlines()
-        if not lines:
-            return f"its log {self._record.log_file} is empty"
-        key = self._record.api_key
-        return lines[-1].strip().replace(key, HIDDEN) if key else lines[-1].strip()
+        lines = self.log_text().strip().splitlines()
+        return lines[-1].strip() if lines else f"its log {self._record.launch.log_file} is empty"
+
+    def log_text(self) -> str:
+        """The end of its log, as far as this process wrote it, without the engine's key."""
+        launch = self._record.launch
+        text = _tail(launch.log_file, self._record.log_from)
+        return text.replace(launch.api_key, HIDDEN) if launch.api_key else text
+
+    def mask_key(self) -> int:
+        """Overwrites the engine's key where its log shows it; SGLang prints all of its settings. Returns how often that was.
+
+        In place and of the same length: the engine goes on writing into the same file. What was looked at before is not read again.
+        """
+        launch = self._record.launch
+        if not launch.api_key:
+            return 0
+        found, self._masked_to = _mask(launch.log_file, launch.api_key.encode(), max(self._masked_to, self._record.log_from))
+        return found
 
     async def wait(self) -> int | None:
         """Waits for its end: the exit code, negative for a signal. None when it was adopted: its code is known to init only."""
@@ -247,9 +267,10 @@ class UnitLauncher:
         unit = unit_name(launch.id)
         if await self._main_pid(unit):
             await self._run("stop", unit)  # what runs there was started for another launch, or nobody knows for which
-        await asyncio.to_thread(_forget_ready, launch)
+        log, log_from = await asyncio.to_thread(_prepare, launch)
+        os.close(log)  # the unit opens it itself
         await self._run("start", unit)
-        return EngineProcess(*await self._identify(unit, launch))
+        return EngineProcess(*await self._identify(unit, launch, log_from))
 
     async def adopt(self, record: EngineRecord) -> EngineProcess | None:
         """The running engine of this record, or None when that very process is gone."""
@@ -268,16 +289,16 @@ class UnitLauncher:
             return await engine.stop(0.0)
         return True
 
-    async def _identify(self, unit: str, launch: EngineLaunch) -> tuple[EngineRecord, int]:
+    async def _identify(self, unit: str, launch: EngineLaunch, log_from: int) -> tuple[EngineRecord, int]:
         pid = await self._main_pid(unit)
         pidfd = _open_pidfd(pid) if pid else None
         known = _stat(pid) if pidfd is not None else None
         # Asked again with the pidfd at hand: had the process ended in between, systemd would no longer name this pid.
         if pidfd is not None and known is not None and await self._main_pid(unit) == pid:
-            return _record(launch, pid, known.start_ticks), pidfd
+            return _record(launch, pid, known.start_ticks, log_from), pidfd
         if pidfd is not None:
             os.close(pidfd)
-        raise StartError(f"the engine {launch.id} ended while it started; see `journalctl -u {unit}`")
+        raise StartError(f"the engine {launch.id} ended while it started; see {launch.log_file} and `journalctl -u {unit}`")
 
     async def _main_pid(self, unit: str) -> int:
         answer = (await self._run("show", "-p", "MainPID", "--value", unit)).strip()
@@ -333,11 +354,16 @@ def exec_launch(path: Path) -> NoReturn:
         StartError: the file is missing, is not ours alone (it holds the engine's key), makes no sense, or its command cannot be run.
     """
     launch = read_launch(path)
+    log, _ = _open_log(launch)
+    own = os.dup(2)
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)  # Python ignores them, and what is ignored stays so in the engine
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     try:
         os.execvpe(launch.argv[0], launch.argv, environment(launch))  # noqa: S606  # the whole point, and no shell
     except OSError as error:
+        os.dup2(own, 2)  # this is for the journal, where people look for a unit's failure
         raise _cannot_start(launch, error) from error
 
 
@@ -382,20 +408,26 @@ def environment(launch: EngineLaunch) -> dict[str, str]:
 # --- spawning
 
 
-def _prepare(launch: EngineLaunch) -> int:
-    """Opens the log, readable by this user alone: engines print settings. Forgets what an earlier life said."""
-    _forget_ready(launch)
+def _prepare(launch: EngineLaunch) -> tuple[int, int]:
+    """Opens the log and forgets what an earlier life said. Returns the log's descriptor, and where this life begins in it."""
     try:
-        return os.open(launch.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StartError(f"the engine {launch.id} cannot be started: its log {launch.log_file}: {error.strerror}") from error
-
-
-def _forget_ready(launch: EngineLaunch) -> None:
-    try:
-        launch.ready_file.unlink(missing_ok=True)
+        if launch.ready_file is not None:
+            launch.ready_file.unlink(missing_ok=True)
     except OSError as error:
         raise StartError(f"the engine {launch.id} cannot be started: {launch.ready_file}: {error.strerror}") from error
+    return _open_log(launch)
+
+
+def _open_log(launch: EngineLaunch) -> tuple[int, int]:
+    """Readable by this user alone: engines print settings. A long one of earlier lives is put aside, one of them is kept."""
+    try:
+        path = launch.log_file
+        if path.exists() and path.stat().st_size > LOG_KEPT_BYTES:
+            path.replace(path.with_name(f"{path.name}.1"))
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        return log, os.fstat(log).st_size
+    except OSError as error:
+        raise StartError(f"the engine {launch.id} cannot be started: its log {launch.log_file}: {error.strerror}") from error
 
 
 def _spawn(launch: EngineLaunch, log: int) -> int:
@@ -419,7 +451,7 @@ def _cannot_start(launch: EngineLaunch, error: OSError) -> StartError:
     return StartError(f"the engine {launch.id} cannot be started: {launch.argv[0]}: {error.strerror}")
 
 
-def _identify_child(pid: int, launch: EngineLaunch) -> tuple[EngineRecord, int]:
+def _identify_child(pid: int, launch: EngineLaunch, log_from: int) -> tuple[EngineRecord, int]:
     """Nobody else reaps our child, so its number is its own until we do."""
     try:
         pidfd = os.pidfd_open(pid)
@@ -429,21 +461,11 @@ def _identify_child(pid: int, launch: EngineLaunch) -> tuple[EngineRecord, int]:
         os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         raise StartError(f"the engine {launch.id} cannot be watched: {error.strerror}") from error
-    return _record(launch, pid, known.start_ticks), pidfd
+    return _record(launch, pid, known.start_ticks, log_from), pidfd
 
 
-def _record(launch: EngineLaunch, pid: int, start_ticks: int) -> EngineRecord:
-    return EngineRecord(
-        launch.id,
-        launch.role,
-        pid,
-        start_ticks,
-        boot_id(),
-        launch.argv,
-        launch.log_file,
-        launch.ready_file,
-        api_key=launch.api_key,
-    )
+def _record(launch: EngineLaunch, pid: int, start_ticks: int, log_from: int) -> EngineRecord:
+    return EngineRecord(launch, launch.role, pid, start_ticks, boot_id(), log_from)
 
 
 # --- processes by pidfd
@@ -528,17 +550,39 @@ def _kill_group_by_number(record: EngineRecord) -> None:
 # --- files
 
 
-def _read_ready(record: EngineRecord) -> ReadyFile:
+def _read_ready(engine: EngineId, path: Path) -> ReadyFile:
     try:
-        return msgspec.json.decode(record.ready_file.read_bytes(), type=ReadyFile)
+        return msgspec.json.decode(path.read_bytes(), type=ReadyFile)
     except (OSError, msgspec.DecodeError) as error:
-        raise StartError(f"the engine {record.id} wrote a ready file that cannot be used, {record.ready_file}: {error}") from error
+        raise StartError(f"the engine {engine} wrote a ready file that cannot be used, {path}: {error}") from error
 
 
-def _tail(path: Path) -> str:
+def _tail(path: Path, start: int) -> str:
+    """The end of a file, but nothing of what stands before `start`."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - LOG_TAIL_BYTES))
-            return file.read().decode(errors="replace")
+            file.seek(max(start, path.stat().st_size - LOG_TAIL_BYTES))
+            return file.read(LOG_TAIL_BYTES).decode(errors="replace")
     except OSError:
         return ""
+
+
+def _mask(path: Path, secret: bytes, start: int) -> tuple[int, int]:
+    """Overwrites a secret in a file from `start` on. Returns how often it was found, and from where to look the next time."""
+    found = 0
+    try:
+        with path.open("r+b", buffering=0) as file:
+            file.seek(start)
+            while chunk := file.read(MASK_BYTES):
+                at = chunk.find(secret)
+                while at >= 0:
+                    os.pwrite(file.fileno(), b"*" * len(secret), start + at)
+                    found += 1
+                    at = chunk.find(secret, at + len(secret))
+                if len(chunk) < MASK_BYTES:
+                    return found, start + max(0, len(chunk) - len(secret))
+                start += len(chunk) - len(secret)  # it may lie across two of these
+                file.seek(start)
+    except OSError:
+        pass  # the log is gone; the next look finds what is there then
+    return found, start

@@ -3,7 +3,8 @@
 Theory of operation. The agent says what it wants (start, stop, restart) and what happens to the process; the machine answers with commands.
 A process that ends unasked has died, and so has one that cannot be spawned, does not become ready in time, or had to be killed because it
 hung. After a death the engine waits 1, 2, 4 … 60 s (BACKOFF); the row begins anew after a life that was ready for `well_s`. Five deaths in
-ten minutes hold it (HELD): a sixth start would say no more than the fifth, and only a person goes on from there.
+ten minutes hold it (HELD): a sixth start would say no more than the fifth, and only a person goes on from there. So do two in a row whose
+cause another start does not mend, such as an argument that the engine does not know.
 
     STOPPED  ── StartAsked ─────────────► STARTING     spawn
     STARTING ── BecameReady ────────────► RUNNING
@@ -70,6 +71,7 @@ class Limits(msgspec.Struct, frozen=True):
         backoff_first_s: the wait after the first death; it doubles up to `backoff_max_s`.
         well_s: a life that was ready for so long makes the next death a first one.
         hold_deaths: so many deaths within `hold_window_s` hold the engine.
+        hold_lasting: so many in a row whose cause another start does not mend.
         hang_s: stillness under work that makes it hung.
         hang_kill_s: the least stillness that may end in a kill.
         hang_steps: and the least in longest steps seen.
@@ -83,6 +85,7 @@ class Limits(msgspec.Struct, frozen=True):
     well_s: float = 60.0
     hold_deaths: int = 5
     hold_window_s: float = 600.0
+    hold_lasting: int = 2
     hang_s: float = 5.0
     hang_kill_s: float = 60.0
     hang_steps: float = 3.0
@@ -144,10 +147,14 @@ class Exited(msgspec.Struct, frozen=True):
 
     Attributes:
         code: negative for a signal, None where it is not known.
+        why: what its log says about that, a clause; empty where nothing was found.
+        lasting: another start with the same settings would end in the same way.
     """
 
     code: int | None
     pid: int = 0
+    why: str = ""
+    lasting: bool = False
 
 
 class ProgressSeen(msgspec.Struct, frozen=True):
@@ -253,6 +260,7 @@ class EngineLife:
         self._limits = limits or Limits()
         self._deaths: deque[float] = deque()
         self._streak = 0  # deaths since it last ran well
+        self._lasting = 0  # of which the last so many will not go away by themselves
         self._ready_at = 0.0
         self._until: float | None = None  # the one deadline: of the start, of the stop, or of the wait
         self._killing = False
@@ -313,6 +321,7 @@ class EngineLife:
         assert not self._probing or self._hung or self._probe_void
         assert not self._killing or self.state is State.STOPPING
         assert self.state is not State.BACKOFF or 0 < len(self._deaths) < self._limits.hold_deaths
+        assert self.state is not State.BACKOFF or self._lasting < self._limits.hold_lasting
         assert len(self._deaths) <= self._limits.hold_deaths
         assert self._after is not After.DEATH or self.pid is not None
 
@@ -327,7 +336,7 @@ class EngineLife:
     def _start_anew(self, event: StartAsked | RestartAsked, _now: float) -> list[Command]:
         """Out of HELD by a person, who has looked at it: its past is forgiven."""
         self._deaths.clear()
-        self._streak = 0
+        self._streak = self._lasting = 0
         return self._spawn(event.cause)
 
     def _start_after_stop(self, event: StartAsked | RestartAsked, _now: float) -> list[Command]:
@@ -355,7 +364,7 @@ class EngineLife:
 
     def _stop_held(self, event: StopAsked, now: float) -> list[Command]:
         self._deaths.clear()  # whoever starts it after this is a person as well
-        self._streak = 0
+        self._streak = self._lasting = 0
         return self._stop_idle(event, now)
 
     # --- moves: what happens to the process
@@ -391,7 +400,8 @@ class EngineLife:
     def _exited(self, event: Exited, now: float) -> list[Command]:
         if self.state is State.RUNNING and now - self._ready_at >= self._limits.well_s:
             self._streak = 0
-        return self._die(f"it ended {_with(event.code)}{' while it started' if self.state is State.STARTING else ''}", now)
+        when = " while it started" if self.state is State.STARTING else ""
+        return self._die(f"it ended {_with(event.code)}{when}{f': {event.why}' if event.why else ''}", now, lasting=event.lasting)
 
     def _ended_as_asked(self, _event: Any, now: float) -> list[Command]:
         self.pid = None
@@ -496,12 +506,14 @@ class EngineLife:
         self._killing = True
         return [Kill(cause), Report(self.reason)]
 
-    def _die(self, why: str, now: float) -> list[Command]:
+    def _die(self, why: str, now: float, *, lasting: bool = False) -> list[Command]:
         limits = self._limits
         self.pid = None
         self._deaths.append(now)
-        if len(self._deaths) >= limits.hold_deaths:
+        self._lasting = self._lasting + 1 if lasting else 0
+        if len(self._deaths) >= limits.hold_deaths or self._lasting >= limits.hold_lasting:
             when = f"{len(self._deaths)} deaths within {limits.hold_window_s:g} s"
+            when = f"{self._lasting} starts that ended alike" if self._lasting >= limits.hold_lasting else when
             self._change(State.HELD, f"it is held after {when}, the last: {why}; start it when its cause is mended")
             return [Report(self.reason)]
         wait_s = min(limits.backoff_max_s, limits.backoff_first_s * 2.0 ** min(self._streak, 32))

@@ -6,7 +6,7 @@ import functools
 import random
 
 from disagg.engines.embedded.tokens import Tokenizer
-from disagg.host import DEMO_MODEL
+from disagg.launches import DEMO_MODEL
 
 
 @functools.cache

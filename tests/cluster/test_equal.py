@@ -8,7 +8,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from disagg.host import DEMO_MODEL
+from disagg.launches import DEMO_MODEL
 from tests.cluster.conftest import Cluster
 from tests.cluster.prompts import prompt_ids
 from tests.cluster.test_trace import EXCUSED_GAP, generate

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from disagg.engines.embedded.checkpoint import Rope, load_checkpoint, load_config, model_hash
+from disagg.engines.embedded.checkpoint import Rope, load_checkpoint, load_config
+from disagg.engines.folder import model_hash
 from disagg.errors import StartError
 
 CONFIG: dict[str, Any] = {

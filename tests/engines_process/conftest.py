@@ -25,7 +25,7 @@ def make(tmp_path: Path) -> Make:
 
     def made(program: str, *, name: str = "decode-0", env: dict[str, str] | None = None, api_key: str = "") -> EngineLaunch:
         argv = (sys.executable, "-c", program)
-        return EngineLaunch(EngineId(name), Role.DECODE, argv, env or {}, tmp_path / "ready.json", tmp_path / "log", api_key)
+        return EngineLaunch(EngineId(name), Role.DECODE, argv, env or {}, tmp_path / "log", tmp_path / "ready.json", api_key=api_key)
 
     return made
 

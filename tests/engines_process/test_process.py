@@ -161,13 +161,13 @@ async def test_what_the_agent_was_told_is_none_of_its_business(make: Make, monke
 
 
 async def test_a_command_that_does_not_exist_is_one_sentence(make: Make, tmp_path: Path) -> None:
-    launch = EngineLaunch(EngineId("e"), Role.PREFILL, ("/nonexistent/engine",), {}, tmp_path / "ready", tmp_path / "log")
+    launch = EngineLaunch(EngineId("e"), Role.PREFILL, ("/nonexistent/engine",), {}, tmp_path / "log", tmp_path / "ready")
     with pytest.raises(StartError, match=r"engine e cannot be started: /nonexistent/engine: No such file"):
         await EngineProcess.start(launch)
 
 
 async def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
-    launch = EngineLaunch(EngineId("e"), Role.PREFILL, ("true",), {}, tmp_path / "ready", tmp_path / "no folder" / "log")
+    launch = EngineLaunch(EngineId("e"), Role.PREFILL, ("true",), {}, tmp_path / "no folder" / "log")
     with pytest.raises(StartError, match=r"its log .*no folder.*No such file"):
         await EngineProcess.start(launch)
 
@@ -179,6 +179,7 @@ async def test_ready_is_what_it_wrote_in_this_life(make: Make) -> None:
     said = {"pid": 5, "url": "http://127.0.0.1:9"}
     launch = make(f"import json, os, time; time.sleep(0.2); open(os.environ['READY'], 'w').write(json.dumps({said})); time.sleep(600)")
     launch = msgspec.structs.replace(launch, env={"READY": str(launch.ready_file)})
+    assert launch.ready_file is not None
     launch.ready_file.write_text('{"pid": 1, "url": "http://127.0.0.1:1"}')
     engine = await EngineProcess.start(launch)
     ready = await engine.wait_ready(10.0)
@@ -203,6 +204,7 @@ async def test_not_ready_in_time(make: Make) -> None:
 async def test_a_ready_file_of_garbage_is_one_sentence(make: Make) -> None:
     launch = make(FOREVER)
     engine = await EngineProcess.start(launch)
+    assert launch.ready_file is not None
     launch.ready_file.write_text("garbage")
     with pytest.raises(StartError, match="ready file that cannot be used"):
         await engine.wait_ready(5.0)
@@ -215,7 +217,45 @@ async def test_its_key_is_shown_nowhere(make: Make) -> None:
     await engine.wait()
     assert engine.log_tail() == "started with ***"
     assert "top-secret" not in f"{engine!r} {launch!r} {engine.record()!r}"
-    assert engine.record().api_key == "top-secret"
+    assert engine.record().launch.api_key == "top-secret"
+
+
+async def test_a_key_that_the_engine_prints_is_overwritten_in_its_log(make: Make) -> None:
+    program = "import os; print('x' * (1 << 20) + 'api_key=' + os.environ['KEY'], flush=True); print('goes on')"
+    launch = make(program, env={"KEY": "top-secret"}, api_key="top-secret")
+    launch.log_file.write_text("an earlier life\n")
+    engine = await EngineProcess.start(launch)
+    await engine.wait()
+    assert engine.mask_key() == 1
+    assert engine.mask_key() == 0
+    text = launch.log_file.read_text()
+    assert text.startswith("an earlier life\nx")
+    assert text.endswith("api_key=**********\ngoes on\n")
+
+
+async def test_only_the_present_life_speaks_in_its_log(make: Make) -> None:
+    launch = make("print('out of memory')")
+    engine = await EngineProcess.start(launch)
+    await engine.wait()
+    again = await EngineProcess.start(msgspec.structs.replace(launch, argv=(sys.executable, "-c", "pass")))
+    await again.wait()
+    assert "is empty" in again.log_tail()
+    assert again.log_text() == ""
+
+
+async def test_a_long_log_is_put_aside_at_the_next_start(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("disagg.engines.process.LOG_KEPT_BYTES", 10)
+    launch = make("print('a line that is long')")
+    for _ in range(3):
+        await (await EngineProcess.start(launch)).wait()
+    assert launch.log_file.read_text() == launch.log_file.with_name("log.1").read_text() == "a line that is long\n"
+
+
+async def test_an_engine_without_a_ready_file_is_where_its_launch_says(make: Make) -> None:
+    launch = msgspec.structs.replace(make(FOREVER), ready_file=None, url="http://127.0.0.1:9", bootstrap_port=8)
+    engine = await EngineProcess.start(launch)
+    assert await engine.wait_ready(0.0) == ReadyFile(engine.pid, "http://127.0.0.1:9", 8)
+    await engine.stop(5.0)
 
 
 # --- looking away, and adoption
@@ -259,7 +299,7 @@ async def test_a_zombie_is_not_alive(make: Make) -> None:
 async def test_a_command_with_parentheses_and_spaces_in_its_name_is_known_again(tmp_path: Path) -> None:
     odd = tmp_path / "a) R (b"
     odd.symlink_to(sys.executable)
-    launch = EngineLaunch(EngineId("e"), Role.DECODE, (str(odd), "-c", FOREVER), {}, tmp_path / "ready", tmp_path / "log")
+    launch = EngineLaunch(EngineId("e"), Role.DECODE, (str(odd), "-c", FOREVER), {}, tmp_path / "log", tmp_path / "ready")
     engine = await EngineProcess.start(launch)
     await asyncio.to_thread(wait_until, lambda: "(a) R (b)" in Path(f"/proc/{engine.pid}/stat").read_text())
     with EngineProcess.adopt(engine.record()) or pytest.fail("not adopted"):
@@ -268,8 +308,8 @@ async def test_a_command_with_parentheses_and_spaces_in_its_name_is_known_again(
 
 
 async def test_a_record_survives_its_file(make: Make) -> None:
-    engine = await EngineProcess.start(make(FOREVER))
-    record = engine.record(ready=ReadyFile(engine.pid, "http://[::1]:80", 90), api_key="k")
+    engine = await EngineProcess.start(make(FOREVER, api_key="k"))
+    record = engine.record(ready=ReadyFile(engine.pid, "http://[::1]:80", 90))
     assert record.boot_id == boot_id()
     again = decode_kept(encode_kept(record), EngineRecord)
     assert again == record

@@ -162,7 +162,7 @@ class Rig:
     async def _engine_session(self, host: str) -> AsyncIterator[tuple[aiohttp.ClientSession, str]]:
         record = self.record(host)
         assert record.ready is not None
-        async with self.session(host, {"Authorization": f"Bearer {record.api_key}"}) as session:
+        async with self.session(host, {"Authorization": f"Bearer {record.launch.api_key}"}) as session:
             yield session, record.ready.url
 
 

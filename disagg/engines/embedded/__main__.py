@@ -22,7 +22,7 @@ import msgspec
 import uvloop
 from aiohttp import web
 
-from disagg.engines.embedded.checkpoint import load_checkpoint, model_hash
+from disagg.engines.embedded.checkpoint import load_checkpoint
 from disagg.engines.embedded.engine import Engine, Settings
 from disagg.engines.embedded.faults import parse_faults
 from disagg.engines.embedded.flags import Flags, parse_flags
@@ -31,6 +31,7 @@ from disagg.engines.embedded.server import Face, Server
 from disagg.engines.embedded.tokens import Tokenizer
 from disagg.engines.embedded.transfer import Limits
 from disagg.engines.embedded.transformer import Transformer
+from disagg.engines.folder import model_hash
 from disagg.errors import DisaggError, StartError
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ the bytes. (Source: the format section of the safetensors README.)
 
 from __future__ import annotations
 
-import hashlib
 import math
 import mmap
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from disagg.engines.folder import decode_json, read_header, weight_files
 from disagg.errors import StartError
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ T = TypeVar("T")
 
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
-_HEADER_LIMIT = 100_000_000  # the format's own limit; anything larger is not a safetensors file
-_SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
 class Rope(msgspec.Struct, frozen=True):
@@ -148,28 +146,6 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def model_hash(folder: Path) -> str:
-    """16 hex digits that differ between models: prefill and decode must agree on them before they pair.
-
-    Covers config.json, tokenizer.json, the safetensors headers and index, and 16 samples of 4 KiB of each weight file,
-    because the headers of a model and of its fine-tune are the same. Costs milliseconds, whatever the model's size.
-    """
-    digest = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json", "model.safetensors.index.json"):
-        path = folder / name
-        digest.update(f"{name}\0".encode())
-        if path.is_file():
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-    for path in _weight_files(folder):
-        header, start, size = _read_header(path)
-        digest.update(f"{path.name}\0{size}\0".encode() + header)
-        with path.open("rb") as file:
-            for sample in range(_SAMPLES):
-                file.seek(start + (size - start) * sample // _SAMPLES)
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:16]
-
-
 # --- config.json ----------------------------------------------------------------------------------------------------
 
 
@@ -231,13 +207,13 @@ def load_config(folder: Path) -> ModelConfig:
         StartError: a file is missing or damaged, or the model is not supported.
     """
     # The type first: of another family even the types of the fields may differ, and its name is the better message.
-    kind = _decode_json(folder / "config.json", dict[str, Any]).get("model_type")
+    kind = decode_json(folder / "config.json", dict[str, Any]).get("model_type")
     if kind not in FAMILIES:
         raise StartError(
             f"{folder / 'config.json'}: model_type {kind!r} is not supported by the embedded engine, which knows "
             f"{', '.join(FAMILIES)}; serve it with SGLang"
         )
-    file = _decode_json(folder / "config.json", _ConfigFile)
+    file = decode_json(folder / "config.json", _ConfigFile)
     _refuse_unsupported(file, folder)
     config = _to_config(file, _eos_ids(file, folder), folder)
     _refuse_impossible(config, folder)
@@ -316,22 +292,11 @@ def _rope(file: _ConfigFile, folder: Path) -> Rope:
 
 def _eos_ids(file: _ConfigFile, folder: Path) -> tuple[int, ...]:
     path = folder / "generation_config.json"
-    generation = _decode_json(path, _GenerationFile) if path.is_file() else _GenerationFile()
+    generation = decode_json(path, _GenerationFile) if path.is_file() else _GenerationFile()
     ids: set[int] = set()
     for found in (file.eos_token_id, generation.eos_token_id):
         ids.update([found] if isinstance(found, int) else found or ())
     return tuple(sorted(ids))
-
-
-def _decode_json(path: Path, kind: type[T]) -> T:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except FileNotFoundError:
-        raise StartError(f"{path} is missing; point the engine at a Hugging Face model folder") from None
-    except OSError as error:
-        raise StartError(f"{path} cannot be read ({error.strerror}); check the folder's permissions") from error
-    except msgspec.MsgspecError as error:
-        raise StartError(f"{path} is not what a model folder holds: {error}; download the folder again") from error
 
 
 # --- *.safetensors --------------------------------------------------------------------------------------------------
@@ -351,33 +316,6 @@ class _Stored(NamedTuple):
     offset: int
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The weight files: those that the index names, or the single one."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = _decode_json(index, dict[str, Any]).get("weight_map")
-        if not isinstance(shards, dict) or any("/" in str(name) for name in shards.values()):
-            raise StartError(f"{index} has no usable weight_map; download the folder again")
-        return [folder / name for name in sorted(set(shards.values()))]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    raise StartError(f"{folder} holds no model.safetensors; only the safetensors format is read")
-
-
-def _read_header(path: Path) -> tuple[bytes, int, int]:
-    """The JSON header as bytes, where the data starts, and the file's size."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(length) if length <= _HEADER_LIMIT else b""
-            size = path.stat().st_size
-    except OSError as error:
-        raise StartError(f"{path} cannot be read ({error.strerror}); the model folder is incomplete") from error
-    if not header or len(header) != length:
-        raise StartError(f"{path} is not a safetensors file or is cut short; download it again")
-    return header, 8 + length, size
-
-
 class _Tensors:
     """All tensors of a folder by name, mapped, read once each, straight into float32."""
 
@@ -385,11 +323,11 @@ class _Tensors:
         self._folder = folder
         self._stored: dict[str, _Stored] = {}
         self._used: set[str] = set()
-        for path in _weight_files(folder):
+        for path in weight_files(folder):
             self._map(path)
 
     def _map(self, path: Path) -> None:
-        header, start, size = _read_header(path)
+        header, start, size = read_header(path)
         try:
             entries = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
             entries.pop("__metadata__", None)
