@@ -18,6 +18,8 @@ from tests.router.conftest import CHAT, Rig, running_rig
 STREAM = {**CHAT, "stream": True}
 NEVER_S = 600.0
 """Longer than any test: what ends sooner was not ended by a limit."""
+SOON_S = 10.0
+"""Much longer than it takes: the kernel gives up a connection after two minutes, and that is not what is to be seen."""
 
 
 async def forever(call: Call) -> None:
@@ -63,7 +65,7 @@ def hole(port: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
 async def test_an_engine_that_is_lost_before_the_first_token_is_replaced(role: Role) -> None:
-    async with running_rig(Role.PREFILL, Role.PREFILL, Role.DECODE, Role.DECODE, first_token_timeout_s=NEVER_S) as rig:
+    async with running_rig(Role.PREFILL, Role.PREFILL, Role.DECODE, Role.DECODE, probe_interval_s=60) as rig:
         for engine in rig.engines:
             engine.behave = forever
         asking = asyncio.ensure_future(rig.post(CHAT))  # noqa: TID251  # the client's own task
@@ -72,7 +74,7 @@ async def test_an_engine_that_is_lost_before_the_first_token_is_replaced(role: R
         for engine in rig.engines:
             engine.behave = answer_well
         relay_of(rig).engine_lost(first.address.id, "it was unplugged")
-        async with await asking as response:
+        async with asyncio.timeout(SOON_S), await asking as response:
             assert response.status == 200
             assert response.headers["x-disagg-attempts"] == "2"
             assert response.headers[f"x-disagg-{role}"] != first.address.id
@@ -80,12 +82,32 @@ async def test_an_engine_that_is_lost_before_the_first_token_is_replaced(role: R
         assert 'disagg_replays_total{reason="engine_lost"} 1.0' in rig.metrics()
 
 
+async def test_an_engine_that_was_lost_is_not_asked_again_though_it_is_the_idlest() -> None:
+    """The view still calls it ready: it is the request itself that remembers."""
+    async with running_rig(Role.PREFILL, Role.DECODE, Role.DECODE, probe_interval_s=60) as rig:
+        for engine in rig.engines:
+            engine.behave = forever
+        asking = []
+        for number in (1, 2):
+            asking.append(asyncio.ensure_future(rig.post(CHAT)))  # noqa: TID251
+            await until(lambda n=number: sum(len(e.calls) for e in rig.engines) == 2 * n)  # type: ignore[misc]
+        for engine in rig.engines:
+            engine.behave = answer_well
+        relay_of(rig).engine_lost(rig.engine(Role.DECODE, 0).address.id, "it was unplugged")
+        async with asyncio.timeout(SOON_S), await asking[0] as response:
+            assert (response.status, response.headers["x-disagg-decode"]) == (200, "decode-1")
+        asking[1].cancel()
+        await asyncio.gather(asking[1], return_exceptions=True)
+        await nothing_left(rig)
+
+
 async def test_a_stream_that_has_begun_ends_with_an_error_event_when_its_engine_is_lost(rig: Rig) -> None:
     rig.decode.behave = rig.prefill.behave = one_word
     async with await rig.post(STREAM) as response:
         assert b"one" in await response.content.readuntil(b"\n\n")
         relay_of(rig).engine_lost(rig.decode.address.id, "it was unplugged")
-        rest = await response.text()
+        async with asyncio.timeout(SOON_S):
+            rest = await response.text()
     assert "it was unplugged" in rest
     assert "[DONE]" not in rest
     await nothing_left(rig)
@@ -109,7 +131,7 @@ async def test_an_engine_that_is_lost_while_it_is_being_connected_is_replaced_at
             asking = asyncio.ensure_future(rig.post(CHAT))  # noqa: TID251
             await until(lambda: relay_of(rig).legs_of(1) == 1)
             relay_of(rig).engine_lost(first.address.id, "it was unplugged")
-            async with await asking as response:
+            async with asyncio.timeout(SOON_S), await asking as response:
                 assert (response.status, response.headers["x-disagg-decode"]) == (200, "decode-1")
         await nothing_left(rig)
 

@@ -48,6 +48,25 @@ def test_an_agent_that_is_refused_for_good_leaves_its_engine_and_its_streams_alo
     assert lines[-1] == "data: [DONE]"
 
 
+def test_an_agent_that_loses_its_seat_for_good_ends_no_engine(site: Site) -> None:
+    """It was joined, and stood still until a later incarnation had its place: whether its engine still serves is not its to say."""
+    first = site.start_host("u", "unified")
+    pid = site.wait_engine("u", "ready")["pid"]
+    shutil.copytree(site.folder / "u", site.folder / "copy")
+    first.process.send_signal(signal.SIGSTOP)
+    command = ["serve", "--role", "unified", "--name", "u", "--join", f"127.0.0.1:{site.control}", "--state-dir", str(site.folder / "copy")]
+    later = Process("later", site.folder, [*command, "--log-format", "json"])
+    try:
+        wait_for(lambda: site.host("u").get("incarnation") == 2, later.said, 20)
+        first.process.send_signal(signal.SIGCONT)
+        assert first.process.wait(15) == 1
+        assert "incarnation" in first.said()
+        site.engine_pids.add(pid)
+        assert is_engine(pid)
+    finally:
+        later.end()
+
+
 def test_a_copied_state_directory_harms_nobody(site: Site) -> None:
     site.start_host("u", "unified")
     engine = site.wait_engine("u", "ready")
