@@ -215,24 +215,37 @@ class ClusterView(msgspec.Struct, frozen=True):
         pools: the ready ones, keyed by served model.
         hosts: those that have joined, in the order of their names.
         may_join: hosts can join this router, so that an empty view is not a mistake.
+        quarantined: the pairs, and unified engines as (None, engine), whose answers are wrong, with the reason; no pool pairs them.
+        proving: the pools as they would be without any quarantine.
     """
 
     engines: tuple[EngineView, ...] = ()
     pools: Mapping[str, Pool] = {}
     hosts: tuple[HostView, ...] = ()
     may_join: bool = False
+    quarantined: Mapping[tuple[EngineId | None, EngineId], str] = {}
+    proving: tuple[Pool, ...] = ()
 
     @classmethod
-    def of(cls, engines: Iterable[EngineView], hosts: Iterable[HostView] = (), *, may_join: bool = False) -> ClusterView:
+    def of(
+        cls,
+        engines: Iterable[EngineView],
+        hosts: Iterable[HostView] = (),
+        *,
+        may_join: bool = False,
+        quarantined: Mapping[tuple[EngineId | None, EngineId], str] | None = None,
+    ) -> ClusterView:
         """Builds a view and its pools from engines in the order of their slots."""
-        engines = tuple(engines)
+        engines, bad = tuple(engines), quarantined or {}
         ready = [e for e in engines if e.state is EngineState.READY and not e.facts.part]
         models = sorted({e.facts.model for e in ready})
-        pools = {m: _pool([e for e in ready if e.facts.model == m]) for m in models}
-        lone = {e.id: e for pool in pools.values() if pool.islands or not pool.can_pair for e in _lone(pool, engines)}
+        pools = {m: _pool([e for e in ready if e.facts.model == m], bad) for m in models}
+        proving = tuple(_pool([e for e in ready if e.facts.model == m], {}) for m in models) if bad else tuple(pools.values())
+        lone = {e.id: e for pool in pools.values() if pool.islands or not pool.can_pair for e in _lone(pool, engines, bad)}
+        lone |= {e.id: _unpaired(e, f"is quarantined: {bad[None, e.id]}") for e in ready if (None, e.id) in bad}
         if lone:
             engines = tuple(lone.get(e.id, e) for e in engines)
-        return cls(engines, pools, tuple(hosts), may_join)
+        return cls(engines, pools, tuple(hosts), may_join, bad, proving)
 
     def why_not_ready(self) -> str:
         """One sentence that says what is missing before a request can be served; empty when nothing is."""
@@ -252,31 +265,46 @@ class ClusterView(msgspec.Struct, frozen=True):
         return f"no ready {' and no ready '.join(missing)} engine ({states})"
 
 
-def _pool(engines: Sequence[EngineView]) -> Pool:
+_Bad = Mapping[tuple[EngineId | None, EngineId], str]
+
+
+def _pool(engines: Sequence[EngineView], bad: _Bad) -> Pool:
     prefill, decode, unified = (tuple(e for e in engines if e.address.role is role) for role in (Role.PREFILL, Role.DECODE, Role.UNIFIED))
-    return Pool(prefill, decode, unified, _islands(prefill, decode))
+    return Pool(prefill, decode, tuple(e for e in unified if (None, e.id) not in bad), _islands(prefill, decode, bad))
 
 
-def _islands(prefill: tuple[EngineView, ...], decode: tuple[EngineView, ...]) -> tuple[Pool, ...]:
+def _islands(prefill: tuple[EngineView, ...], decode: tuple[EngineView, ...], bad: _Bad) -> tuple[Pool, ...]:
     """Pairs are made of engines that fit each other, and "fits" is not transitive where an engine does not say what it is."""
     kinds: dict[tuple[object, ...], list[EngineView]] = {}
     for engine in prefill:
-        kinds.setdefault(engine.facts.profile, []).append(engine)
-    islands = tuple(Pool(tuple(kind), _fitting(kind[0], decode)) for kind in kinds.values())
+        shunned = frozenset(d.id for d in decode if (engine.id, d.id) in bad) if bad else frozenset()
+        kinds.setdefault((engine.facts.profile, shunned), []).append(engine)
+    islands = tuple(Pool(tuple(kind), _fitting(kind[0], decode, bad)) for kind in kinds.values())
     return () if all(island.decode == decode for island in islands) else islands
 
 
-def _fitting(engine: EngineView, others: tuple[EngineView, ...]) -> tuple[EngineView, ...]:
-    return tuple(o for o in others if o.facts == engine.facts or not engine.facts.why_not_paired_with(o.facts))
+def _fitting(engine: EngineView, others: tuple[EngineView, ...], bad: _Bad) -> tuple[EngineView, ...]:
+    """Those of the other role that can be paired with it; it may be of either."""
+    fit = tuple(o for o in others if o.facts == engine.facts or not engine.facts.why_not_paired_with(o.facts))
+    return tuple(o for o in fit if _ordered(engine, o) not in bad) if bad else fit
 
 
-def _lone(pool: Pool, everyone: Sequence[EngineView]) -> Iterable[EngineView]:
+def _ordered(engine: EngineView, other: EngineView) -> tuple[EngineId, EngineId]:
+    return (engine.id, other.id) if engine.address.role is Role.PREFILL else (other.id, engine.id)
+
+
+def _unpaired(engine: EngineView, why: str) -> EngineView:
+    return msgspec.structs.replace(engine, unpaired=why)
+
+
+def _lone(pool: Pool, everyone: Sequence[EngineView], bad: _Bad) -> Iterable[EngineView]:
     """The ready engines that no ready engine of the other role can be paired with, with the reason."""
     for engines, fellows, role in ((pool.prefill, pool.decode, Role.DECODE), (pool.decode, pool.prefill, Role.PREFILL)):
         others = fellows or _strangers(engines, role, everyone)
         for engine in engines:
-            if others and not _fitting(engine, fellows):
-                yield msgspec.structs.replace(engine, unpaired=f"is never paired with {others[0].id}: {_difference(engine, others[0])}")
+            if others and not _fitting(engine, fellows, bad):
+                why = _difference(engine, others[0]) or f"quarantined, {bad.get(_ordered(engine, others[0]), '')}"
+                yield _unpaired(engine, f"is never paired with {others[0].id}: {why}")
 
 
 def _strangers(engines: tuple[EngineView, ...], role: Role, everyone: Sequence[EngineView]) -> tuple[EngineView, ...]:

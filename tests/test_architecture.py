@@ -18,6 +18,7 @@ ROOMS: dict[str, frozenset[str]] = {
         {
             "disagg.config",
             "disagg.handoff",
+            "disagg.cluster.canary",
             "disagg.cluster.change",
             "disagg.cluster.detector",
             "disagg.cluster.members",
