@@ -16,6 +16,18 @@ from disagg.model import EngineAddress, EngineId, Role
 HIDDEN = "***"
 
 
+class KvSource(msgspec.Struct, frozen=True):
+    """Where an engine publishes what its prefix cache holds: SGLang's ``--kv-events-config``. ZeroMQ endpoints on this machine.
+
+    Attributes:
+        events: PUB; subscribe to everything.
+        replay: ROUTER; a REQ-shaped request with a sequence number gets the batches from there on.
+    """
+
+    events: str
+    replay: str
+
+
 class EngineLaunch(msgspec.Struct, frozen=True):
     """How to start an engine on this host.
 
