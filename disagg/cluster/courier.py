@@ -1,9 +1,9 @@
 """What a host tells the router of its engines' prefix caches, and when. Pure: the agent asks for the next message and sends it.
 
-Theory of operation. Each engine process that is followed is an *epoch*. Its words are numbered, snapshots and deltas alike. After each join,
-and whenever the router asks, or something else than the blocks changed (whether they are known, why not, how large they are), comes a
-snapshot, in parts, under one number. While its parts are on their way no delta of that engine is made: what changes meanwhile is kept
-by the cache, where it cancels out. So nothing here grows however slow the link is. A delta that says nothing goes out after `QUIET_S`: when
+Theory of operation. Each engine process that is followed is an *epoch*. Its words are numbered, snapshots and deltas alike. After each
+join, whenever the router asks, and when something else than the blocks changed (whether they are known, why not, how large they are), comes
+a snapshot, in parts, under one number. While its parts are on their way no delta of that engine is made: what changes meanwhile is kept by
+the cache, where it cancels out. So nothing here grows however slow the link is. A delta that says nothing goes out after `QUIET_S`: when
 the word before it was lost, its number tells.
 
 The engines take turns, one message each, so that a large snapshot does not keep the others waiting.

@@ -21,6 +21,7 @@ from sys import byteorder
 import msgspec
 
 from disagg.model import EngineId
+from disagg.wire.messages import KvDelta, KvSnapshot
 
 ROOT = 0
 BLOCKS_LIMIT = 4_000_000
@@ -61,6 +62,8 @@ def hashes(tokens: Sequence[int], block_size: int, salt: str = "", adapter: str 
     Args:
         tokens: token ids, shape (n,).
         block_size: tokens in a block, the engine's page size.
+        salt: of the request, as SGLang's ``cache_salt``.
+        adapter: the name of the request's LoRA adapter.
 
     Returns:
         n // block_size hashes.
@@ -168,6 +171,10 @@ class _Entry:
         self.synced = True
 
 
+def _life(message: KvSnapshot | KvDelta) -> Life:
+    return message.incarnation, message.epoch
+
+
 class PrefixIndex:
     """The router's table. Fed with what agents say; whether an agent may speak for an engine was decided before.
 
@@ -183,65 +190,50 @@ class PrefixIndex:
         self._entries: dict[EngineId, _Entry] = {}
         self.counts: Counter[str] = Counter(gaps=0, resyncs=0, refused=0)
 
-    # --- what agents say; each says whether a snapshot must be asked for
+    # --- what agents say
 
-    def take_part(
-        self,
-        engine: EngineId,
-        life: Life,
-        seq: int,
-        part: tuple[int, int],
-        blocks: bytes,
-        *,
-        block_size: int,
-        known: bool,
-        reason: str,
-        now: float,
-    ) -> bool:
+    def take_snapshot(self, message: KvSnapshot) -> None:
         """A part of a snapshot; it counts when all parts are there.
-
-        Args:
-            part: its index from 0, and how many there are.
-            blocks: packed hashes.
 
         Raises:
             ValueError: it makes no sense; nothing was changed.
         """
-        index, parts = part
-        if not 0 <= index < parts <= PARTS_LIMIT or len(blocks) % HASH_BYTES:
+        if not message.part < message.parts <= PARTS_LIMIT or len(message.blocks) % HASH_BYTES:
             raise ValueError("a part of a snapshot makes no sense")
-        entry = self._entries.setdefault(engine, _Entry())
-        if (life, seq) <= (entry.life, entry.seq):
-            return False
+        entry = self._entries.setdefault(message.engine, _Entry())
+        life, seq = _life(message), message.seq
         coming = entry.parts
-        if coming is not None and (life, seq) < (coming.life, coming.seq):
-            return False
-        if coming is None or (coming.life, coming.seq, coming.expected) != (life, seq, parts):
-            coming = entry.parts = _Parts(life, seq, parts)
-        coming.add(index, blocks)
+        if (life, seq) <= (entry.life, entry.seq) or (coming is not None and (life, seq) < (coming.life, coming.seq)):
+            return
+        if coming is None or (coming.life, coming.seq, coming.expected) != (life, seq, message.parts):
+            coming = entry.parts = _Parts(life, seq, message.parts)
+        coming.add(message.part, message.blocks)
         if coming.size > self._limit * HASH_BYTES:
             self._refuse(entry, life, seq)
         elif coming.complete:
-            self._replace(entry, coming, block_size, known=known, reason=reason)
-        return False
+            self._replace(entry, coming, message)
 
-    def _replace(self, entry: _Entry, parts: _Parts, block_size: int, *, known: bool, reason: str) -> None:
+    def _replace(self, entry: _Entry, parts: _Parts, last: KvSnapshot) -> None:
         entry.parts = None
-        entry.blocks = {name for index in range(parts.expected) for name in unpack(parts.found[index])} if known else set()
+        entry.blocks = {name for index in range(parts.expected) for name in unpack(parts.found[index])} if last.known else set()
         entry.life, entry.seq = parts.life, parts.seq
-        entry.synced, entry.known = True, known
-        entry.reason = "" if known else reason or "its host does not know what it holds"
-        entry.block_size = block_size
+        entry.synced, entry.known = True, last.known
+        entry.reason = "" if last.known else last.reason or "its host does not know what it holds"
+        entry.block_size = last.block_size
 
-    def take_delta(self, engine: EngineId, life: Life, seq: int, stored: bytes, removed: bytes, *, cleared: bool, now: float) -> bool:
-        """What changed: first everything goes if `cleared`, then what was `removed`, then comes what was `stored`; packed hashes.
+    def take_delta(self, message: KvDelta, *, now: float) -> bool:
+        """What changed.
+
+        Returns:
+            True when a snapshot must be asked for: something before this was missed.
 
         Raises:
             ValueError: it makes no sense; nothing was changed.
         """
-        if len(stored) % HASH_BYTES or len(removed) % HASH_BYTES:
+        if len(message.stored) % HASH_BYTES or len(message.removed) % HASH_BYTES:
             raise ValueError("a delta makes no sense")
-        entry = self._entries.setdefault(engine, _Entry())
+        entry = self._entries.setdefault(message.engine, _Entry())
+        life, seq = _life(message), message.seq
         if (life, seq) <= (entry.life, entry.seq) and entry.synced:
             return False
         if entry.parts is not None and (life, seq) < (entry.parts.life, entry.parts.seq):
@@ -250,14 +242,14 @@ class PrefixIndex:
             return self._missed(entry, now)
         entry.seq = seq
         if entry.known:
-            self._change(entry, unpack(stored), unpack(removed), cleared=cleared)
+            self._change(entry, message)
         return False
 
-    def _change(self, entry: _Entry, stored: Iterable[int], removed: Iterable[int], *, cleared: bool) -> None:
-        if cleared:
+    def _change(self, entry: _Entry, delta: KvDelta) -> None:
+        if delta.cleared:
             entry.blocks.clear()
-        entry.blocks.difference_update(removed)
-        entry.blocks.update(stored)
+        entry.blocks.difference_update(unpack(delta.removed))
+        entry.blocks.update(unpack(delta.stored))
         if len(entry.blocks) > self._limit:
             self._refuse(entry, entry.life, entry.seq)
 
