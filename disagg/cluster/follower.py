@@ -36,6 +36,8 @@ from disagg.wire.kv_events import (
 
 QUEUE_LENGTH = 1000
 REPLAY_PATIENCE_S = 5.0
+STALL_MS = 1000
+"""An answer that has begun is written in one go."""
 QUIET_S = 5.0
 """After so long without a batch the engine is asked whether there was one."""
 
@@ -47,7 +49,7 @@ class KvFollower:
 
     Args:
         source: where the engine publishes.
-        patience_s: how long a replay may stand still, or not begin.
+        patience_s: how long an answer may take to begin.
         quiet_s: see `QUIET_S`.
 
     Attributes:
@@ -152,10 +154,11 @@ class KvFollower:
                 return False
             await socket.send_multipart((b"", asked.start.to_bytes(8, "big")))
             while asked is self._asked:
-                if not await socket.poll(limit_ms):
+                if not await socket.poll(limit_ms):  # the end of a long answer may have been dropped
                     return False
                 if not self._take(ReplaySeen, (await socket.recv_multipart())[1:]):
                     return True
+                limit_ms = min(limit_ms, STALL_MS)
                 await asyncio.sleep(0)
             return False
         finally:

@@ -13,7 +13,8 @@ A replay may have holes of its own: the engine's socket drops what does not fit 
 makes progress and the machine asks again from the hole. When a replay begins later than asked, or makes no progress, what is missing is
 gone: the cache is *lost*. It holds nothing then and says why, and the events are only read for the next AllBlocksCleared, after which all
 is known again. It is also lost when a block comes whose parent is not known, when a batch cannot be read, and when there are too many
-blocks. A batch with an older number and a later time is the first word of another process: everything begins anew.
+blocks. Each process has a `Cache` of its own. Should its keeper be late: a batch with an older number and a later time is the first word
+of another process, and everything begins anew.
 
 A block is held while any medium (GPU, CPU_PINNED, ...) holds it. Engines name blocks in their own way; here each is named by
 `disagg.policy.prefix.block_hash` of its tokens, and the tokens are forgotten at once: they are prompts. Two blocks of an engine may have
@@ -249,7 +250,8 @@ class Cache:
     Attributes:
         reason: why it is not known what the cache holds; empty when it is.
         block_size: tokens in a block; 0 before one was stored.
-        counts: ``gaps``, ``duplicates``, ``orphans`` (blocks without a known parent), ``losses``, ``unknown`` events.
+        counts: ``gaps``, ``duplicates``, ``orphans`` (blocks without a known parent), ``losses``,
+            ``unknown`` events, ``unanswered`` requests for replays.
     """
 
     def __init__(self, limit: int = BLOCKS_LIMIT) -> None:
@@ -262,9 +264,7 @@ class Cache:
         self._held: dict[int, Batch] = {}
         self._held_bytes = 0
         self._tries = 0
-        self._answered_from: int | None = None  # the first number of the answer that is under way
         self._applied_in_answer = 0
-        self._hole = False
         self._missed_before = False  # something that is missing was published before the answer that is under way was asked for
         self._ours: dict[int, int] = {}  # the engine's name of a block -> ours
         self._media: dict[str, set[int]] = {}  # medium -> the engine's names of what it holds
@@ -309,7 +309,7 @@ class Cache:
             case BatchSeen(seq=seq, batch=batch):
                 commands = self._live(seq, batch)
             case ReplaySeen(seq=seq, batch=batch) if self._state is State.CATCHING_UP:
-                self._replayed(seq, batch)
+                commands = self._replayed(seq, batch)
             case ReplayEnded() if self._state is State.CATCHING_UP:
                 commands = self._ended()
             case ReplayFailed() if self._state is State.CATCHING_UP:
@@ -326,7 +326,7 @@ class Cache:
 
     def _ask(self, start: int) -> list[AskReplay]:
         self._state = State.CATCHING_UP
-        self._answered_from, self._applied_in_answer, self._hole = None, 0, False
+        self._applied_in_answer = 0
         self._missed_before = bool(self._held)
         return [AskReplay(start)]
 
@@ -368,26 +368,22 @@ class Cache:
         self._held.clear()
         self._held_bytes = 0
 
-    def _replayed(self, seq: int, batch: Batch) -> None:
-        first = self._answered_from is None
-        if first:
-            self._answered_from = seq
+    def _replayed(self, seq: int, batch: Batch) -> list[AskReplay]:
         if seq < self._next:
             self.counts["duplicates"] += 1
-        elif seq == self._next or self._lost:
-            self._applied_in_answer += 1
-            self._apply(seq, batch)
-        elif first:
+            return []
+        if seq > self._next and not self._lost:
+            if self._applied_in_answer:
+                return self._ask(self._next)  # a hole: what follows it comes again
             self._lose(f"batches {self._next} to {seq - 1} of its events are gone")
-            self._applied_in_answer += 1
-            self._apply(seq, batch)
-        else:
-            self._hole = True  # and what follows it comes again
+        self._applied_in_answer += 1
+        self._apply(seq, batch)
+        return []
 
     def _ended(self) -> list[AskReplay]:
         self._tries = 0
         self._apply_held()
-        if (self._held or self._hole) and (self._applied_in_answer or not self._missed_before):
+        if self._held and (self._applied_in_answer or not self._missed_before):
             return self._ask(self._next)
         if self._held:
             self._lose(f"batches {self._next} to {min(self._held) - 1} of its events are gone")
@@ -403,10 +399,14 @@ class Cache:
 
     def _failed(self) -> list[AskReplay]:
         self._tries += 1
+        self.counts["unanswered"] += 1
         if not self._begun:
             self.reason = "its engine does not say its KV events again" if self._held else self.reason
             return self._ask(self._next)
-        if not (self._held or self._hole):
+        if self._applied_in_answer:
+            self._tries = 0
+            return self._ask(self._next)  # only its end did not come
+        if not self._held:
             return self._follow()  # nothing is known to be missing: it only did not answer
         if self._tries < REPLAY_TRIES and not self._lost:
             return self._ask(self._next)

@@ -43,7 +43,7 @@ SECRET = 31337  # a token id that no sentence may repeat
 
 
 def stored(theirs: int, tokens: list[int], parent: int | None = None, **other: Any) -> BlockStored:
-    return BlockStored([theirs], list(tokens), len(tokens), parent, **other)
+    return BlockStored([theirs], [*tokens], len(tokens), parent, **other)
 
 
 def removed(*theirs: int, medium: str | None = None) -> BlockRemoved:
@@ -68,7 +68,7 @@ def started(*events: KvEvent) -> Cache:
 
 
 def test_a_prompt_and_what_an_engine_stored_of_it_have_the_same_names() -> None:
-    prompt = list(range(100, 110))
+    prompt: list[Any] = list(range(100, 110))
     names = hashes(prompt, 4)
     assert len(names) == 2, "the last two tokens fill no block"
     cache = started(BlockStored([11, 12], prompt[:8], 4))
@@ -79,11 +79,9 @@ def test_a_prompt_and_what_an_engine_stored_of_it_have_the_same_names() -> None:
 
 def test_a_name_is_the_hash_that_it_says_it_is() -> None:
     """Agents and routers of different releases must agree on it for ever."""
-    assert block_hash(0, [1, 2, 3]) == 0x0D0E_0F09_4A86_5F5B or block_hash(0, [1, 2, 3]) == NAME_OF_1_2_3
-    assert block_hash(1, [1, 2, 3]) != NAME_OF_1_2_3
-
-
-NAME_OF_1_2_3 = 0
+    assert block_hash(0, [1, 2, 3]) == 0x120C39AA1E9B9E00
+    assert block_hash(1, [1, 2, 3]) != 0x120C39AA1E9B9E00
+    assert root_hash("a", "b") == 0x235870420603E322
 
 
 def test_a_salt_or_an_adapter_makes_other_blocks() -> None:
@@ -206,7 +204,6 @@ def test_a_replay_that_begins_too_late_loses_the_cache_until_it_is_emptied() -> 
     cache.handle(BatchSeen(9, batch(9.0, stored(9, [9]))))
     cache.handle(ReplaySeen(5, batch(5.0, stored(5, [5]))))
     cache.handle(ReplayEnded())
-    assert not cache.known
     assert cache.reason == "batches 1 to 4 of its events are gone"
     assert cache.snapshot() == frozenset()
     cache.handle(BatchSeen(10, batch(10.0, stored(10, [10]), AllBlocksCleared(), stored(11, [11]))))
@@ -237,9 +234,9 @@ def test_what_came_after_the_question_is_asked_for_again_before_anything_is_give
 def test_a_hole_in_a_replay_is_asked_for_again() -> None:
     cache = started()
     cache.handle(BatchSeen(5, batch(5.0)))
-    for seq in (1, 2, 4, 5):
-        cache.handle(ReplaySeen(seq, batch(float(seq), stored(seq, [seq]))))
-    assert cache.handle(ReplayEnded()) == [AskReplay(3)]
+    for seq in (1, 2):
+        assert cache.handle(ReplaySeen(seq, batch(float(seq), stored(seq, [seq])))) == []
+    assert cache.handle(ReplaySeen(4, batch(4.0))) == [AskReplay(3)]
     for seq in (3, 4, 5):
         cache.handle(ReplaySeen(seq, batch(float(seq), stored(seq, [seq]))))
     assert cache.handle(ReplayEnded()) == []
@@ -286,7 +283,7 @@ def test_another_process_is_noticed_by_its_clock() -> None:
     assert cache.handle(BatchSeen(0, batch(0.0, stored(1, [1])))) == []
     assert cache.counts["duplicates"] == 1
     assert cache.handle(BatchSeen(1, batch(6.0, stored(2, [2])))) == [AskReplay(0)]
-    assert not cache.known
+    assert cache.reason == "its process began anew"
     cache.handle(ReplaySeen(0, batch(5.5)))
     cache.handle(ReplaySeen(1, batch(6.0, stored(2, [2]))))
     cache.handle(ReplayEnded())
@@ -386,6 +383,7 @@ class Engine:
         self.tokens: dict[int, list[int]] = {}
         self.media: dict[int, set[str]] = {}
         self.names: dict[int, int] = {}
+        self.truths: dict[float, set[int]] = {float("-inf"): set()}  # after the batch of each moment
 
     def restart(self) -> None:
         self.buffer.clear()
@@ -401,6 +399,7 @@ class Engine:
         self.at += 1.0
         made = batch(self.at, *(self._event() for _ in range(self.chance.randrange(4))))
         said = (self.seq, made)
+        self.truths[self.at] = self.truth()
         self.buffer.append(said)
         self.seq += 1
         return said
@@ -462,7 +461,7 @@ class Follower:
                 self.feed(ReplayFailed()) if self.asked else None
                 return
             found = [said for said in self.engine.buffer if said[0] >= self.asked.start]
-            kept = [said for i, said in enumerate(found) if i < 3 or not lossy or chance.random() > 0.05]
+            kept = [said for i, said in enumerate(found) if i < 30 or not lossy or chance.random() > 0.05]
             self.answer = deque([*kept, None])
         elif self.answer:
             said, asked = self.answer.popleft(), self.asked
@@ -496,25 +495,26 @@ def test_a_cache_is_what_the_engine_holds_or_says_that_it_does_not_know(seed: in
     knew = 0
     for _ in range(1500):
         dice = chance.random()
-        if dice < 0.3:
+        if dice < 0.2:
             follower.publish()
-        elif dice < 0.65:
+        elif dice < 0.5:
             follower.hear()
-        elif dice < 0.66:
+        elif dice < 0.51:
             follower.feed(QuietSeen())
-        elif dice < 0.662:
-            engine.restart()
+        elif dice < 0.515 and follower.asked is None and engine.seq:
+            engine.restart()  # unnoticed by whoever keeps it, which must not happen; the first word of the new one comes through
             follower.live.clear()
-            engine.step()
+            follower.feed(BatchSeen(*engine.step()))
         else:
             follower.replay()
-        if follower.cache.known and follower.cache._next == engine.seq and follower.cache._newest_at == engine.at:
-            assert follower.cache.snapshot() == engine.truth()
+        if follower.cache.known:
+            assert follower.cache.snapshot() == engine.truths[follower.cache._newest_at]
             knew += 1
     follower.settle()
-    if follower.cache._newest_at == engine.at:
-        assert not follower.cache.known or follower.cache.snapshot() == engine.truth()
-    assert knew > 20 or engine.buffer.maxlen == 4
+    assert follower.cache._newest_at == engine.at
+    assert not follower.cache.known or follower.cache.snapshot() == engine.truth()
+    assert follower.cache.known or engine.buffer.maxlen != 4000
+    assert knew > 100 or engine.buffer.maxlen == 4
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -539,6 +539,7 @@ class Router:
     def __init__(self, chance: random.Random, courier: Courier) -> None:
         self.chance, self.courier = chance, courier
         self.index = PrefixIndex()
+        self.gaps = 0
         self.now = 0.0
 
     def take(self, message: KvSnapshot | KvDelta) -> None:
@@ -587,6 +588,7 @@ def test_once_it_is_quiet_the_table_is_what_the_engine_holds(seed: int) -> None:
         elif dice < 0.995:
             router.courier.joined()  # a new link
         elif dice < 0.997:
+            router.gaps += router.index.counts["gaps"]
             router.index = PrefixIndex()  # a new router
             router.courier.joined()
         elif dice < 0.998:
@@ -604,7 +606,7 @@ def test_once_it_is_quiet_the_table_is_what_the_engine_holds(seed: int) -> None:
     assert standing is not None
     assert standing.known
     assert router.index._entries[E].blocks == engine.truth() == follower.cache.snapshot()
-    assert router.index.counts["gaps"] > 0
+    assert router.gaps + router.index.counts["gaps"] > 0
 
 
 def table_of(*names: int, limit: int = 100) -> tuple[PrefixIndex, Courier, Cache]:
