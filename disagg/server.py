@@ -160,7 +160,12 @@ async def router_running(
         controller.attach(relay, head)
         orders = Orders(controller, head)
         metrics.control = orders
-        await _listen_admin(stack, config, admin_app(view=lambda: controller.view, relay=relay, metrics=metrics, orders=orders))
+        metrics.prefixes = controller.prefixes
+        await _listen_admin(
+            stack,
+            config,
+            admin_app(view=lambda: controller.view, prefixes=controller.prefixes, relay=relay, metrics=metrics, orders=orders),
+        )
         await _listen_public(stack, config, listener)
         group.create_task(controller.run(), name="controller")
         relay.start()

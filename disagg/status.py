@@ -35,7 +35,9 @@ def _row(engine: Mapping[str, Any]) -> tuple[str, ...]:
 def _why(thing: Mapping[str, Any]) -> str:
     """The reason where a person needs one."""
     reason = str(thing["reason"])
-    return "" if thing["state"] in WELL and not any(mark in reason for mark in _WORTH_SAYING) else reason
+    said = "" if thing["state"] in WELL and not any(mark in reason for mark in _WORTH_SAYING) else reason
+    cache = thing.get("cache", {"known": True})
+    return said if said or cache["known"] else f"prefix cache unknown: {cache['reason']}"
 
 
 def hosts_table(hosts: Sequence[Mapping[str, Any]]) -> str:

@@ -10,6 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from disagg.model import ClusterView, EngineAddress, EngineFacts, EngineId, EngineLoad, EngineState, EngineView, Role
 from disagg.observe.metrics import Histogram, RouterMetrics
+from disagg.policy.prefix import PrefixIndex, pack
+from disagg.wire.messages import KvDelta, KvSnapshot
 
 # The names of CONTRACT that exist so far, with their types and labels.
 NAMES = {
@@ -103,6 +105,20 @@ def test_each_scrape_sees_the_present() -> None:
     assert value(families(metrics)["disagg_engines"], "disagg_engines", role="unified", state="starting") == 1
     views.pop(0)
     assert value(families(metrics)["disagg_engines"], "disagg_engines", role="unified", state="ready") == 1
+
+
+def test_prefix_caches_are_counted_where_they_are_known() -> None:
+    metrics = RouterMetrics(ClusterView)
+    metrics.prefixes = PrefixIndex()
+    metrics.prefixes.take_snapshot(KvSnapshot(1, "n", EngineId("p"), 1, 1, block_size=16, blocks=pack([1, 2, 3])))
+    metrics.prefixes.take_snapshot(KvSnapshot(1, "n", EngineId("q"), 1, 1, known=False, reason="its events are gone"))
+    metrics.prefixes.take_delta(KvDelta(1, "n", EngineId("q"), 1, 3), now=0.0)
+    found = families(metrics)
+    assert found.keys() == NAMES.keys() | {"disagg_prefix_blocks", "disagg_prefix_gaps", "disagg_prefix_resyncs", "disagg_prefix_refused"}
+    assert [(s.labels, s.value) for s in found["disagg_prefix_blocks"].samples] == [({"engine": "p"}, 3.0)]
+    assert value(found["disagg_prefix_gaps"], "disagg_prefix_gaps_total") == 1
+    assert value(found["disagg_prefix_resyncs"], "disagg_prefix_resyncs_total") == 1
+    assert value(found["disagg_prefix_refused"], "disagg_prefix_refused_total") == 0
 
 
 # --- histograms

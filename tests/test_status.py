@@ -45,6 +45,13 @@ def test_an_engine_that_is_ready_but_never_paired_says_why() -> None:
     assert "page size" in table(cluster(engine(reason="it answers, but is never paired with p: page size 32 against 16")))
 
 
+def test_an_engine_whose_prefix_cache_is_not_known_says_why() -> None:
+    known = {"known": True, "blocks": 3, "block_size": 16, "reason": ""}
+    assert "prefix cache" not in table(cluster(engine(cache=known)))
+    lost = {**known, "known": False, "reason": "batches 1 to 4 of its events are gone"}
+    assert "prefix cache unknown: batches 1 to 4 of its events are gone" in table(cluster(engine(cache=lost)))
+
+
 def test_a_refused_clone_is_seen_beside_its_original() -> None:
     row = {"name": "h", "roles": ["decode"], "state": "online", "key": "K", "reason": "it joined"}
     assert "it joined" not in hosts_table([row])

@@ -22,12 +22,13 @@ import structlog
 import zmq
 
 from disagg import __version__
+from disagg.cluster.courier import Courier
 from disagg.cluster.keeper import Keeper
 from disagg.cluster.transport import ControlClient
 from disagg.errors import DisaggError, StartError
 from disagg.model import EngineState, Role
 from disagg.security.keys import KeyPair
-from disagg.wire.codec import FrameError, encode, to_host
+from disagg.wire.codec import KV_MINOR, FrameError, encode, minor_of, to_host
 from disagg.wire.messages import (
     Ack,
     Answer,
@@ -35,6 +36,7 @@ from disagg.wire.messages import (
     Goodbye,
     Heartbeat,
     Hello,
+    KvResync,
     Message,
     Order,
     Refused,
@@ -52,6 +54,11 @@ GRUMBLE_S = 10.0
 GOODBYE_MS = 500
 DRAIN_POLL_S = 0.05
 DRAIN_GRACE_S = 0.1
+KV_FLUSH_S = 0.1
+KV_MESSAGES = 4
+"""What is said of prefix caches in one flush: with the heartbeats that is less than half of what a router listens to from one host."""
+KV_UNACKED = 2
+"""With more heartbeats than that not acknowledged nothing is said of prefix caches: heartbeats must not queue behind it."""
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -124,6 +131,8 @@ class Agent:
         self._loop = asyncio.get_running_loop()
         self._client: ControlClient | None = None
         self._inbox: deque[ToHost | DisaggError] = deque()
+        self._courier = Courier(identity.incarnation, identity.nonce)
+        self._router_minor = 0
         self._pressing = False  # an engine changed: the next heartbeat is due now
         self._stir = asyncio.Event()  # something came, or something changed
         self._interval_s = HELLO_S
@@ -169,6 +178,7 @@ class Agent:
                 for keeper in self._keepers.values():
                     tasks.create_task(keeper.run(), name=f"keep {keeper.id}")
                 tasks.create_task(self._keep_link(), name="control link")
+                tasks.create_task(self._forward_caches(), name="forward KV events")
         except* StartError as group:
             raise StartError(str(group.exceptions[0])) from None
         finally:
@@ -250,6 +260,10 @@ class Agent:
     def _open(self, key: KeyPair) -> None:
         inbox = self._inbox = deque()  # of this connection: what an older one still says is of no interest
 
+        def take(frame: bytes) -> None:
+            self._router_minor = minor_of(frame) if len(frame) > 4 else 0
+            deliver(_read(frame))
+
         def deliver(found: ToHost | DisaggError) -> None:
             inbox.append(found)
             self._stir.set()
@@ -260,7 +274,7 @@ class Agent:
                 self._port,
                 key=key,
                 router_key=self._identity.router_key,
-                on_frame=lambda frame: deliver(_read(frame)),
+                on_frame=take,
                 on_denied=lambda why: deliver(_DeniedError(why)),
             )
         except zmq.ZMQError as error:
@@ -373,6 +387,7 @@ class Agent:
         self._acked_at = self._loop.time()
         self.was_joined = True
         self._admitted.set()
+        self._courier.joined()
         self.joined.set()
         self._grumbled_at = float("-inf")
         self._log.info("joined", router=f"{self._host}:{self._port}", release=answer.release)
@@ -416,6 +431,8 @@ class Agent:
                 self._acked_at = self._loop.time()
             case Order():
                 self.spawn(self._obey(message), f"order {message.id}")
+            case KvResync(engine=engine):
+                self._courier.resync(engine)
             case Refused(reason=reason, final=True):
                 raise StartError(f"the router refused this host: {reason}")
             case Refused(reason=reason):
@@ -429,6 +446,25 @@ class Agent:
         if now - self._grumbled_at >= GRUMBLE_S:
             self._grumbled_at = now
             self._log.warning("not joined", why=sentence)
+
+    # --- prefix caches
+
+    async def _forward_caches(self) -> None:
+        while True:
+            await asyncio.sleep(KV_FLUSH_S)
+            if self.joined.is_set() and self._router_minor >= KV_MINOR and self._seq - self._acked <= KV_UNACKED:
+                self._forward_some()
+
+    def _forward_some(self) -> None:
+        """What the link has no room for stays where it is, and changes that cancel out are never sent."""
+        caches = {keeper.id: keeper.cache for keeper in self._keepers.values() if keeper.cache is not None}
+        for _ in range(KV_MESSAGES):
+            if self._client is None or not self._client.has_room:
+                return
+            message = self._courier.next(caches, now=self._loop.time())
+            if message is None:
+                return
+            self._send(message)
 
     # --- orders
 

@@ -1,9 +1,9 @@
 """Does a pair answer right? Every new pair, and every new unified engine, answers fixed prompts; who differs is quarantined.
 
-A state machine. Theory of operation. An engine with the wrong weights, or a handoff that garbles KV pages, answers fluently and wrong, and no health check
-notices. So each pair of ready engines that was not tried before is asked the same few prompts, greedily. What is compared is the output
-ids. Where two answers part, the first answer's own margin decides: at a near tie, where the best and the second best token are less than
-`NEAR_TIE` apart, two kinds of GPU may well differ in a rounding, and that is no fault; anywhere else it is one.
+A state machine. Theory of operation. An engine with the wrong weights, or a handoff that garbles KV pages, answers fluently and wrong, and
+no health check notices. So each pair of ready engines that was not tried before is asked the same few prompts, greedily. What is compared
+is the output ids. Where two answers part, the first answer's own margin decides: at a near tie, where the best and the second best token
+are less than `NEAR_TIE` apart, two kinds of GPU may well differ in a rounding, and that is no fault; anywhere else it is one.
 
 Which answer is right? The one that a unified engine gives, because it hands nothing over; else the one that most pairs give; else the
 first. It may change as more pairs answer, and with it who is quarantined.
@@ -114,8 +114,9 @@ class Pairing(msgspec.Struct, frozen=True):
 def pairing(choice: Choice) -> Pairing:
     """Of the engines of a choice, as they run now."""
     prefill, decode = choice.prefill, choice.decode
-    first = (prefill.id, prefill.address.pid) if prefill is not None else (None, 0)
-    return Pairing(*first, decode.id, decode.address.pid)
+    if prefill is None:
+        return Pairing(None, 0, decode.id, decode.address.pid)
+    return Pairing(prefill.id, prefill.address.pid, decode.id, decode.address.pid)
 
 
 # --- events and commands

@@ -67,6 +67,7 @@ from disagg.model import (
     HostView,
     Role,
 )
+from disagg.policy.prefix import PrefixIndex
 from disagg.wire.messages import EngineReport
 
 BEAT_S = 0.1
@@ -121,6 +122,7 @@ class Controller:
         view: the current view; replaced whole, never changed.
         changes: those under way and the last ones that ended, oldest first.
         flips: those that ended, by roles and outcome.
+        prefixes: what the engines' prefix caches hold, where they say so.
     """
 
     def __init__(
@@ -153,6 +155,7 @@ class Controller:
         self._running: dict[EngineId, tuple[Change, int]] = {}  # with the pid that it began with
         self.changes: dict[int, Change] = {}
         self.flips: Counter[tuple[str, str, str]] = Counter()
+        self.prefixes = PrefixIndex()
         self._change_ids = 0
         self._waiting: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._stale_at: float | None = None  # since when the view shows loads that are not the newest
@@ -282,6 +285,11 @@ class Controller:
             self._publish()
         return faults
 
+    def owns(self, host: HostId, engine: EngineId) -> bool:
+        """Whether this engine is one of this host's."""
+        detector = self._detectors.get(engine)
+        return detector is not None and detector.view.host == host
+
     def _of(self, host: HostId) -> list[EngineDetector]:
         return self._by_host.get(host, [])
 
@@ -302,6 +310,7 @@ class Controller:
         del self._detectors[detector.id]
         self._of(detector.view.host).remove(detector)
         self._drained.pop(detector.id, None)
+        self.prefixes.forget(detector.id)
         self.tell(detector.view.host, "engine gone", engine=detector.id, reason=cause)
         if self._data is not None:
             self._data.engine_lost(detector.id, cause)
@@ -337,6 +346,8 @@ class Controller:
         """A new state, place or fact is shown at once; new loads with the next beat that is due."""
         if view.state is not before.state:
             self.tell(view.host, "engine changed", engine=view.id, was=before.state.value, now=view.state.value, reason=view.reason)
+            if view.state is EngineState.DEAD:
+                self.prefixes.lose(view.id, "it is dead")
         if (view.state, view.address, view.facts) != (before.state, before.address, before.facts) or view.id not in self._shown:
             self._publish()
         elif self._stale_at is None:

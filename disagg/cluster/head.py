@@ -39,7 +39,22 @@ from disagg.cluster.transport import Complaints
 from disagg.errors import OrderError, StartError
 from disagg.model import EngineId, HostId, HostState, HostView, Role
 from disagg.wire.codec import FrameError, UnknownKindError, encode, to_router
-from disagg.wire.messages import Ack, Answer, Goodbye, Heartbeat, Hello, Message, Order, Refused, Register, ToRouter, Welcome
+from disagg.wire.messages import (
+    Ack,
+    Answer,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    KvDelta,
+    KvResync,
+    KvSnapshot,
+    Message,
+    Order,
+    Refused,
+    Register,
+    ToRouter,
+    Welcome,
+)
 
 ORDER_LIMIT_S = {"switch": 70.0, "restart": 10.0, "drain": 3.0, "undrain": 3.0}
 REFUSAL_SHOWN_S = 60.0
@@ -151,6 +166,24 @@ class Head:
                 self._feed(GoodbyeSeen(host, message.incarnation, message.nonce, message.engines_stay))
             case Answer():
                 self._answered(host, message)
+            case KvDelta() | KvSnapshot():
+                self._cache_told(host, session, message)
+
+    def _cache_told(self, host: HostId, session: bytes, message: KvDelta | KvSnapshot) -> None:
+        """What an engine's prefix cache holds; a host speaks for its own engines only, and only the agent that holds its seat does."""
+        if not self._members.holds_seat(host, message.incarnation, message.nonce):
+            return  # its heartbeats are fenced, and it is told so
+        if not self._controller.owns(host, message.engine):
+            self._complaints.add("foreign_engine", f"{host} speaks of the prefix cache of an engine that is not its own")
+            return
+        prefixes = self._controller.prefixes
+        try:
+            if isinstance(message, KvSnapshot):
+                prefixes.take_snapshot(message)
+            elif prefixes.take_delta(message, now=self._loop.time()):
+                self._send(session, KvResync(message.engine))
+        except ValueError as error:
+            self._complaints.add("garbage", f"{host}: {error}")
 
     # --- the machine at work
 

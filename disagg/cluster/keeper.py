@@ -19,9 +19,10 @@ import msgspec
 import structlog
 
 from disagg.cluster.detector import Answered, Refused, TimedOut
+from disagg.cluster.follower import KvFollower
 from disagg.cluster.prober import Prober, Seen, read_bootstrap_port
 from disagg.engines import diagnosis
-from disagg.engines.base import EngineLaunch, EngineRecord, Launcher, RunningEngine, decode_kept, encode_kept
+from disagg.engines.base import EngineLaunch, EngineRecord, KvSource, Launcher, RunningEngine, decode_kept, encode_kept
 from disagg.engines.restart import (
     Adopted,
     BecameReady,
@@ -49,6 +50,7 @@ from disagg.engines.restart import (
 from disagg.errors import ConfigError, DisaggError, StartError
 from disagg.model import MODES, EngineAddress, EngineFacts, EngineId, EngineLoad, EngineState, Role
 from disagg.security.state import read_private, write_private
+from disagg.wire.kv_events import Cache
 from disagg.wire.messages import EngineReport
 
 POLL_S = 0.25
@@ -70,6 +72,10 @@ class Keeper(Protocol):
 
     id: EngineId
     adopted: bool
+
+    @property
+    def cache(self) -> Cache | None:
+        """What its prefix cache holds; None where it does not say, or no process of it is followed."""
 
     def report(self) -> EngineReport:
         """How it is."""
@@ -124,6 +130,12 @@ class _Watched:
         self._drained = ""
         self._switching = ""
         self._said: tuple[EngineState, Role] | None = None
+        self._follower: KvFollower | None = None
+
+    @property
+    def cache(self) -> Cache | None:
+        """What its prefix cache holds; None where it does not say, or no process of it is followed."""
+        return None if self._follower is None else self._follower.cache
 
     async def _look(self, address: EngineAddress, *, anew: bool = False) -> Seen:
         known = self._facts if self._facts.model and not anew else None
@@ -213,6 +225,8 @@ class _Watched:
             return False, f"the engine refused to switch: {said}"
         was, self._role = self._role, role
         self._mode_fault = ""
+        if self._follower is not None:
+            self._follower.dropped()  # SGLang empties its prefix cache on a switch
         seen = await self._look(address, anew=True)
         self._on_change()
         how = "" if isinstance(seen, Answered) else f"; it does not answer yet: {_why_silent(seen)}"
@@ -340,13 +354,24 @@ class EngineKeeper(_Watched):
         self._mode_fault = self._progress = ""
         self._answered_at = self._loop.time()
         self._address = record.ready.address(record) if record.ready is not None else None
+        self.follow(record.launch.kv_events)
         self._spawn(self._report_end(process), f"wait for the end of {self.id}")
+
+    def follow(self, source: KvSource | None) -> None:
+        """Follows the KV events of the process that is watched now, if it publishes any; an earlier one is followed no more."""
+        if self._follower is not None:
+            self._follower.stop()
+        self._follower = None
+        if source is not None:
+            self._follower = KvFollower(source, log=self._log)
+            self._spawn(self._follower.run(), f"KV events of {self.id}")
 
     async def _report_end(self, process: RunningEngine) -> None:
         code = await process.wait()
         text = await asyncio.to_thread(_read_log, process)
         if process is self._process:
             why = diagnosis.why(text, code)
+            self.follow(None)
             if self._life.state not in {State.STOPPING, State.STOPPED}:
                 self._log.warning("an engine ended", pid=process.pid, code=code, why=why)
             self._feed(Exited(code, process.pid, why, diagnosis.is_lasting(text)))

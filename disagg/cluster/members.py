@@ -207,6 +207,11 @@ class Members:
         seat = self._seats.get(host)
         return None if seat is None or seat.view.state is HostState.LEFT else seat.session
 
+    def holds_seat(self, host: HostId, incarnation: int, nonce: str) -> bool:
+        """Whether this is the agent that speaks for its host."""
+        seat = self._seats.get(host)
+        return seat is not None and seat.is_of(incarnation, nonce) and seat.view.state is not HostState.LEFT
+
     def story(self, host: HostId) -> list[tuple[float, str]]:
         """What happened to one host, as far as it is kept."""
         return [(at, what) for at, name, what in self.history if name == host]

@@ -359,6 +359,13 @@ class ControlClient:
         self._monitor_reader = _Readable(self._monitor, loop, self._take_monitor)
         self._reader = _Readable(socket, loop, self._take)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether the next frame will not be dropped."""
+        events = self._socket.getsockopt(zmq.EVENTS)
+        self._reader.look()  # asking resets the descriptor, as sending does
+        return bool(int(events) & zmq.POLLOUT)
+
     def send(self, frame: bytes) -> None:
         """Sends a frame; with a full queue, which means that nobody reads, it is dropped: the next one tells it all again."""
         with contextlib.suppress(zmq.ZMQError):

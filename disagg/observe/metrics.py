@@ -16,6 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from disagg.model import ClusterView
+from disagg.policy.prefix import PrefixIndex
 
 _LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _STEP_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 5.0)
@@ -77,6 +78,7 @@ class RouterMetrics(Collector):
         self.itl = Histogram(_STEP_S)
         self.loop_lag = Histogram(_STEP_S)
         self.control: ControlCounts | None = None
+        self.prefixes: PrefixIndex | None = None
         self._view = view
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -97,6 +99,9 @@ class RouterMetrics(Collector):
             yield _counter("disagg_control_messages", "Messages of the control plane, by kind.", ["kind"], _by_one(messages))
             yield _counter("disagg_flips", "Role flips that ended.", ["from", "to", "outcome"], flips.items())
 
+        if self.prefixes is not None:
+            yield from _of_prefixes(self.prefixes)
+
     def _of_engines(self) -> Iterator[Metric]:
         view = self._view()
         states = Counter((e.address.role.value, e.state.value) for e in view.engines)
@@ -111,6 +116,21 @@ class RouterMetrics(Collector):
     def text(self) -> bytes:
         """The body of ``GET /metrics``."""
         return generate_latest(self._registry)
+
+
+def _of_prefixes(prefixes: PrefixIndex) -> Iterator[Metric]:
+    blocks = GaugeMetricFamily("disagg_prefix_blocks", "Blocks in the prefix caches of the engines where that is known.", labels=["engine"])
+    for engine, standing in prefixes.engines().items():
+        if standing.known:
+            blocks.add_metric([engine], standing.blocks)
+    yield blocks
+    texts = {
+        "gaps": "Times that something a host said of a prefix cache was missed.",
+        "resyncs": "Snapshots of prefix caches that were asked for.",
+        "refused": "Prefix caches that were too large to be kept.",
+    }
+    for name, text in texts.items():
+        yield CounterMetricFamily(f"disagg_prefix_{name}", text, value=prefixes.counts[name])
 
 
 def _by_one(counter: Mapping[str, int]) -> Iterable[tuple[tuple[str, ...], int]]:

@@ -12,6 +12,7 @@ from aiohttp import web
 from disagg.errors import DisaggError, OrderError, RequestError
 from disagg.model import ClusterView, Role
 from disagg.observe.metrics import RouterMetrics
+from disagg.policy.prefix import PrefixIndex, Standing
 from disagg.router.openai import error_object
 from disagg.router.relay import Relay
 
@@ -55,10 +56,12 @@ class _OrderBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cause: str = "it was ordered over the admin listener"
 
 
-def admin_app(*, view: Callable[[], ClusterView], relay: Relay, metrics: RouterMetrics, orders: Orders) -> web.Application:
+def admin_app(
+    *, view: Callable[[], ClusterView], prefixes: PrefixIndex, relay: Relay, metrics: RouterMetrics, orders: Orders
+) -> web.Application:
     """The aiohttp application."""
     app = web.Application(middlewares=[_guard], client_max_size=64 * 1024)
-    _Looks(view, relay, metrics, orders).route(app)
+    _Looks(view, prefixes, relay, metrics, orders).route(app)
     _Doings(orders).route(app)
     return app
 
@@ -66,8 +69,11 @@ def admin_app(*, view: Callable[[], ClusterView], relay: Relay, metrics: RouterM
 class _Looks:
     """What changes nothing."""
 
-    def __init__(self, view: Callable[[], ClusterView], relay: Relay, metrics: RouterMetrics, orders: Orders) -> None:
+    def __init__(
+        self, view: Callable[[], ClusterView], prefixes: PrefixIndex, relay: Relay, metrics: RouterMetrics, orders: Orders
+    ) -> None:
         self._view = view
+        self._prefixes = prefixes
         self._relay = relay
         self._metrics = metrics
         self._orders = orders
@@ -86,7 +92,7 @@ class _Looks:
         return web.Response(body=self._metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _get_cluster(self, _: web.Request) -> web.Response:
-        return _json(cluster_json(self._view()))
+        return _json(cluster_json(self._view(), self._prefixes))
 
     async def _get_requests(self, _: web.Request) -> web.Response:
         records = reversed(self._relay.records.values())
@@ -99,7 +105,7 @@ class _Looks:
     async def _get_engine(self, request: web.Request) -> web.Response:
         name = request.match_info["id"]
         story = [{"at_s": round(at, 3), "what": what} for at, what in self._orders.story(name)]
-        row = next(e for e in cluster_json(self._view())["engines"] if e["id"] == name)
+        row = next(e for e in cluster_json(self._view(), self._prefixes)["engines"] if e["id"] == name)
         return _json({**row, "story": story})
 
     async def _get_hosts(self, _: web.Request) -> web.Response:
@@ -179,7 +185,7 @@ def _error(status: int, sentence: str) -> web.Response:
     return web.Response(status=status, reason=HTTPStatus(status).phrase, body=body, content_type="application/json")
 
 
-def cluster_json(view: ClusterView) -> dict[str, Any]:
+def cluster_json(view: ClusterView, prefixes: PrefixIndex) -> dict[str, Any]:
     """The view in the shape of ``GET /admin/cluster``."""
     engines = [
         {
@@ -197,6 +203,7 @@ def cluster_json(view: ClusterView) -> dict[str, Any]:
                 "kv_total_tokens": e.load.kv_total_tokens,
             },
             "reason": f"{e.reason}, but {e.unpaired}" if e.unpaired else e.reason,
+            **_cache_json(prefixes.standing(e.id)),
         }
         for e in view.engines
     ]
@@ -205,6 +212,11 @@ def cluster_json(view: ClusterView) -> dict[str, Any]:
     ]
     given = [{"id": name} for name in sorted({e.address.host for e in view.engines if not e.host})]
     return {"hosts": joined + given, "engines": engines, "ready": not (why := view.why_not_ready()), "reason": why}
+
+
+def _cache_json(standing: Standing | None) -> dict[str, Any]:
+    """Only engines that publish what their prefix cache holds have one to show."""
+    return {} if standing is None else {"cache": msgspec.to_builtins(standing)}
 
 
 def no_control_plane() -> OrderError:

@@ -15,7 +15,9 @@ from disagg.errors import DisaggError
 from disagg.wire.messages import Message, ToHost, ToRouter
 
 MAJOR = 1
-MINOR = 0
+MINOR = 1
+KV_MINOR = 1
+"""From this minor version on a router takes `KvDelta` and `KvSnapshot`."""
 FRAME_LIMIT = 1024 * 1024
 DEPTH_LIMIT = 16
 VALUES_LIMIT = 8192
@@ -145,6 +147,11 @@ def _check_header(frame: bytes) -> None:
             f"the other side speaks version {major}.{minor} of the control protocol and this one {MAJOR}.{MINOR}:"
             " bring both to releases of the same major version"
         )
+
+
+def minor_of(frame: bytes) -> int:
+    """The minor version of whoever made a frame that could be decoded."""
+    return frame[4]
 
 
 _CONTAINERS = bytes((*range(0x80, 0xA0), *range(0xDC, 0xE0)))

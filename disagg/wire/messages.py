@@ -1,12 +1,15 @@
 """The messages of the control plane. Frozen, tagged by `kind`, one msgpack map each.
 
-    host ──► router    Register · Hello · Heartbeat · Goodbye · Answer
-    router ──► host    Registered · Welcome · Refused · Ack · Order
+    host ──► router    Register · Hello · Heartbeat · Goodbye · Answer · KvSnapshot · KvDelta
+    router ──► host    Registered · Welcome · Refused · Ack · Order · KvResync
 
 A host that has a token connects with the token's one-time key and says `Register`; from then on it connects with its own key. It says
 `Hello` until it hears `Welcome`, and then a `Heartbeat` every interval, and at once when an engine changed. Each heartbeat tells the whole
 truth about the host's engines, so that a lost one costs nothing. The router acknowledges each; the host repeats the last acknowledgement,
 so that both know that both directions work: over TCP, a cut in one direction is otherwise not noticed for minutes.
+
+What the prefix caches of its engines hold, a host says in snapshots and deltas (`disagg.policy.prefix`), but only to a router whose frames
+are of minor version 1 or later.
 
 New fields need a default and raise the minor version; a field that goes, or means something else, raises the major one. Both versions stand
 in the header of every frame (`disagg.wire.codec`). Seconds, tokens and bytes, as the names say.
@@ -28,6 +31,8 @@ Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Word = Annotated[str, msgspec.Meta(max_length=128)]
 EngineName = Annotated[EngineId, msgspec.Meta(pattern=r"\A[!-~]{1,128}\Z")]
 Place = Annotated[str, msgspec.Meta(pattern=r"\A[0-9A-Za-z.:%_\[\]-]{0,255}\Z")]
+Hashes = Annotated[bytes, msgspec.Meta(max_length=480_000)]
+"""Packed by `disagg.policy.prefix.pack`; 60,000 of them at most."""
 Secret = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{0,512}\Z")]
 
 
@@ -129,6 +134,48 @@ class Answer(Message, frozen=True):
     sentence: str
 
 
+class KvDelta(Message, frozen=True):
+    """What changed in an engine's prefix cache: all went if `cleared`, then `removed` went, then `stored` came.
+
+    Attributes:
+        epoch: counts the processes of this engine that this incarnation followed.
+        seq: counts the snapshots and deltas of an epoch, from 1.
+    """
+
+    incarnation: Count
+    nonce: Word
+    engine: EngineName
+    epoch: Count
+    seq: Count
+    stored: Hashes = b""
+    removed: Hashes = b""
+    cleared: bool = False
+
+
+class KvSnapshot(Message, frozen=True):
+    """A part of all that an engine's prefix cache holds.
+
+    Attributes:
+        epoch, seq: see `KvDelta`; all parts have the same.
+        part, parts: which one, from 0, and how many there are.
+        block_size: tokens in a block; 0 where none was ever stored.
+        known: False when the host cannot know; there are no blocks then.
+        reason: why, one sentence.
+    """
+
+    incarnation: Count
+    nonce: Word
+    engine: EngineName
+    epoch: Count
+    seq: Count
+    part: Count = 0
+    parts: Count = 1
+    block_size: Count = 0
+    blocks: Hashes = b""
+    known: bool = True
+    reason: Annotated[str, msgspec.Meta(max_length=400)] = ""
+
+
 class Registered(Message, frozen=True):
     """The key is known now; the token is spent."""
 
@@ -176,5 +223,11 @@ class Order(Message, frozen=True):
     cause: str = ""
 
 
-ToRouter = Register | Hello | Heartbeat | Goodbye | Answer
-ToHost = Registered | Welcome | Refused | Ack | Order
+class KvResync(Message, frozen=True):
+    """Something that the host said of this engine's cache was missed: send a snapshot."""
+
+    engine: EngineId
+
+
+ToRouter = Register | Hello | Heartbeat | Goodbye | Answer | KvDelta | KvSnapshot
+ToHost = Registered | Welcome | Refused | Ack | Order | KvResync

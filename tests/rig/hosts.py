@@ -30,6 +30,7 @@ from disagg.security.keys import KeyPair, load_or_make_key, make_key
 from disagg.security.registry import Registration, Registry
 from disagg.security.state import router_hosts_path, router_key_path, router_tokens_path
 from disagg.security.token import Token, TokenStore
+from disagg.wire.kv_events import Cache
 from disagg.wire.messages import EngineReport
 from tests.ports import free_port
 
@@ -222,6 +223,7 @@ class StubKeeper:
         self.state = EngineState.READY
         self.adopted = False
         self.drained = ""
+        self.cache: Cache | None = None
         self._counter = 0
 
     def report(self) -> EngineReport:

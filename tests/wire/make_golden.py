@@ -18,6 +18,9 @@ from disagg.wire.messages import (
     Goodbye,
     Heartbeat,
     Hello,
+    KvDelta,
+    KvResync,
+    KvSnapshot,
     Message,
     Order,
     Refused,
@@ -57,6 +60,9 @@ SAMPLES: tuple[Message, ...] = (
     Refused("a clone: box-1 incarnation 7 is alive elsewhere", final=True),
     Ack(41),
     Order(12, EngineId("box-1-decode"), "switch", Role.PREFILL, "more prompts than answers"),
+    KvDelta(7, "n0nce", EngineId("box-1-prefill"), 3, 9, bytes(range(16)), bytes(range(240, 248)), cleared=True),
+    KvSnapshot(7, "n0nce", EngineId("box-1-prefill"), 3, 8, 1, 2, 16, bytes(range(8)), known=False, reason="its events are gone"),
+    KvResync(EngineId("box-1-prefill")),
 )
 """Of each kind one, every field with a value of its own."""
 
