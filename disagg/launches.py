@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
 import secrets
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import zlib
@@ -25,6 +27,8 @@ from disagg.model import MODES, EngineId, Role
 
 DEMO_MODEL = Path(__file__).parent / "engines" / "embedded" / "demo_model"
 KEY_VARIABLE = "DISAGG_ENGINE_API_KEY"
+PYTHON_VARIABLE = "DISAGG_SGLANG_PYTHON"
+"""What ``engine.sglang_python`` is where it is empty: an image with SGLang says with it where that is."""
 EMBEDDED_KV_TOKENS, EMBEDDED_REQUESTS, EMBEDDED_CHUNK = 16384, 64, 512
 FIRST_PORT, PORTS = 20000, 10000
 """Below the range from which the kernel gives ports to connections: an engine binds its own only when it has loaded its model."""
@@ -79,7 +83,10 @@ class Launches:
             ConfigError: settings contradict each other.
         """
         folder = self._folder / spec.id
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StartError(f"the engine {spec.id} cannot be started: {folder}: {error.strerror}") from error
         return self._sglang(spec, role, folder) if self._config.engine.engine == "sglang" else self._embedded(spec, role, folder)
 
     def settings(self, spec: EngineSpec, role: Role) -> tuple[str, ...]:
@@ -214,11 +221,15 @@ def model_of(config: Config) -> tuple[str, str]:
     if not section.model:
         return str(DEMO_MODEL), section.served_name or "demo"
     folder = Path(section.model)
-    if (folder / "config.json").is_file():
+    try:
+        is_model, exists = (folder / "config.json").is_file(), folder.exists()
+    except OSError as error:  # above all: a folder that is closed to the user as whom the units run
+        raise _unreadable(folder, error) from error
+    if is_model:
         return str(folder.absolute()), section.served_name or folder.resolve().name
-    if section.engine == "sglang" and not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", section.model):
+    if section.engine == "sglang" and not exists and re.fullmatch(r"[\w.-]+/[\w.-]+", section.model):
         return section.model, section.served_name or folder.name
-    what = "has no config.json" if folder.exists() else "is not there"
+    what = "has no config.json" if exists else "is not there"
     raise StartError(f"the model folder {folder} {what}: give a Hugging Face folder with --model")
 
 
@@ -228,6 +239,12 @@ def _hash_of(model: str) -> str:
         return model_hash(folder) if folder.is_dir() else ""
     except StartError:
         return ""  # not in the safetensors format: SGLang reads others, too
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: OSError) -> StartError:
+    return StartError(f"the model folder {folder} cannot be read: {error.strerror}; open it to the user who runs disagg")
 
 
 def find_device(device: str, devices: Path) -> str:
@@ -248,13 +265,21 @@ def find_backend(backend: str, infiniband: Path) -> str:
 def find_python(given: str, device: str, environ: Mapping[str, str]) -> tuple[Path, Path | None]:
     """The Python in which SGLang is installed, and the folder with which its CUDA build runs on a CPU, None where that is not needed.
 
+    Args:
+        given: its path, or a name to look up on the PATH; where it is empty, DISAGG_SGLANG_PYTHON says the same.
+        device: as `find_device` gives it.
+        environ: of this process.
+
     Raises:
         StartError: there is none.
     """
+    name = "engine.sglang_python" if given else PYTHON_VARIABLE
+    given = given or environ.get(PYTHON_VARIABLE) or ""
     if given:
-        python = Path(given).expanduser().absolute()
-        if not os.access(python, os.X_OK):
-            raise StartError(f"engine.sglang_python = {given!r} is not a program: give the path of the Python in which SGLang is installed")
+        found = shutil.which(Path(given).expanduser(), path=environ.get("PATH"))
+        if found is None:
+            raise StartError(f"{name} = {given!r} is not a program: give the path of the Python in which SGLang is installed")
+        python = Path(found).absolute()
         return python, _shim_of(python, device)
     if importlib.util.find_spec("sglang") is not None:
         return Path(sys.executable), None
@@ -309,8 +334,9 @@ def _sockets(folder: Path) -> Path:
     if len(str(folder)) <= SOCKET_PATH_LIMIT - len("/kv-replay"):
         return folder
     short = Path(f"/tmp/disagg-{os.getuid()}-{zlib.crc32(str(folder).encode()):08x}")  # noqa: S108  # made and looked at below
-    short.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        short.mkdir(mode=0o700)
     found = short.lstat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o77 or short.is_symlink():
+    if found.st_uid != os.getuid() or found.st_mode & 0o77 or not stat.S_ISDIR(found.st_mode):
         raise StartError(f"{short} is not this user's alone: remove it, or choose a --state-dir with a shorter path")
     return short

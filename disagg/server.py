@@ -19,6 +19,7 @@ from aiohttp import web
 from disagg import __version__
 from disagg.cluster.change import Limits as ChangeLimits
 from disagg.cluster.controller import CHANGES_KEPT, Controller
+from disagg.cluster.examiner import Examiner
 from disagg.cluster.head import Head
 from disagg.cluster.registrar import Registrar
 from disagg.cluster.transport import ControlServer
@@ -103,6 +104,7 @@ async def router_running(
     *,
     root: Path | None = None,
     say: Say = print,
+    canaries: bool = True,
 ) -> AsyncIterator[Router]:
     """Runs a router as long as the context is open.
 
@@ -112,6 +114,7 @@ async def router_running(
         log: where events go.
         root: the state directory; None for a router that no host can join.
         say: tells people what was made.
+        canaries: pairs are tried with fixed prompts; not for engines that are none.
 
     Raises:
         StartError: an address to listen on is not free, or the state cannot be read.
@@ -157,7 +160,9 @@ async def router_running(
             log=log,
         )
         head, control = _control_plane(stack, config, controller, root, spawn, ids, log, say)
-        controller.attach(relay, head)
+        examiner = Examiner(ask=relay.ask, spawn=spawn, new_salt=ids.request_id, on_judged=controller.judged, log=log)
+        controller.attach(relay, head, examiner if canaries else None)
+        metrics.canaries = examiner.outcomes
         orders = Orders(controller, head)
         metrics.control = orders
         metrics.prefixes = controller.prefixes

@@ -20,6 +20,10 @@ def table(cluster: Mapping[str, Any]) -> str:
         parts.append(_columns(("HOST", "STATE", "START", "RELEASE", ""), rows))
     if engines:
         parts.append(_columns(("ENGINE", "HOST", "ROLE", "STATE", "RUN", "WAIT", "KV", "MODEL", "URL", ""), [_row(e) for e in engines]))
+    bad = [f"{q['prefill']} with {q['decode']}" if q["prefill"] else q["decode"] for q in cluster.get("quarantined", [])]
+    if bad:
+        reasons = [(name, str(q["reason"])) for name, q in zip(bad, cluster["quarantined"], strict=True)]
+        parts.append(_columns(("QUARANTINED", "WHY (restart the engine at fault, it is then tried again)"), reasons))
     parts.append("Requests can be served." if cluster.get("ready") else f"No request can be served: {cluster.get('reason', 'unknown')}.")
     return "\n\n".join(parts)
 

@@ -60,6 +60,7 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.ids",
             "disagg.cluster.agent",
             "disagg.cluster.controller",
+            "disagg.cluster.examiner",
             "disagg.cluster.follower",
             "disagg.cluster.head",
             "disagg.cluster.keeper",

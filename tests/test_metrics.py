@@ -21,6 +21,8 @@ NAMES = {
     "disagg_itl_seconds": ("histogram", set()),
     "disagg_handoffs": ("counter", {"outcome"}),
     "disagg_replays": ("counter", {"reason"}),
+    "disagg_canaries": ("counter", {"outcome"}),
+    "disagg_quarantined_pairs": ("gauge", set()),
     "disagg_shed": ("counter", {"reason"}),
     "disagg_loop_lag_seconds": ("histogram", set()),
     "disagg_engines": ("gauge", {"role", "state"}),
@@ -56,6 +58,7 @@ def busy() -> RouterMetrics:
     metrics.handoffs["done"] += 2
     metrics.replays["never_reached_engine"] += 1
     metrics.shed["no_engine"] += 4
+    metrics.canaries = {"same": 3, "differs": 1}
     metrics.inflight = 5
     metrics.ttft.observe(0.3)
     return metrics

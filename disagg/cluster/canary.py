@@ -5,8 +5,9 @@ no health check notices. So each pair of ready engines that was not tried before
 is the output ids. Where two answers part, the first answer's own margin decides: at a near tie, where the best and the second best token
 are less than `NEAR_TIE` apart, two kinds of GPU may well differ in a rounding, and that is no fault; anywhere else it is one.
 
-Which answer is right? The one that a unified engine gives, because it hands nothing over; else the one that most pairs give; else the
-first. It may change as more pairs answer, and with it who is quarantined.
+Which answer is right? The one that a unified engine gives, or once gave, because it hands nothing over; else the one that most pairs give;
+else the first. It may change as more pairs answer, and with it who is quarantined. It is remembered when who gave it is gone, as one more
+voice.
 
 Answers are compared among engines of one model: of the same name, weights (as far as their hash is known) and precision. A pair is known by
 its processes: a restart of either engine, or a change of its role, makes it a new pair, to be tried again; that is the way out of a
@@ -163,6 +164,14 @@ Event = ViewChanged | Answered | Failed | Tick
 Command = Ask | Judged
 
 
+class _Truth(msgspec.Struct, frozen=True):
+    """What was right the last time, and whether a unified engine said so."""
+
+    answers: Answers
+    of_unified: bool
+    by: str
+
+
 class _Case:
     """What is known of one pairing."""
 
@@ -186,6 +195,7 @@ class Canary:
 
     def __init__(self) -> None:
         self._cases: dict[Pairing, _Case] = {}  # in the order in which they came
+        self._truths: dict[tuple[str, ...], _Truth] = {}
         self._asked: Pairing | None = None
         self.history: list[tuple[float, str]] = []
 
@@ -218,13 +228,20 @@ class Canary:
         """How many pairings have answered."""
         return sum(case.answers is not None for case in self._cases.values())
 
+    def against(self, choice: Choice, answers: Answers) -> str:
+        """How these answers differ from those that are trusted for such engines; empty where they do not, or none are known."""
+        truth = self._truths.get(_group(choice))
+        return "" if truth is None else difference(truth.answers, answers)
+
     def check(self) -> None:
         """Asserts what is always true."""
         assert self._asked is None or self._asked in self._cases
         assert all(not case.verdict or case.answers is not None for case in self._cases.values())
         for group in {case.group for case in self._cases.values()}:
             told = [c for c in self._cases.values() if c.group == group and c.answers is not None]
-            assert not told or any(not c.verdict for c in told), "somebody is trusted"
+            truth = self._truths.get(group)
+            assert (truth is not None) >= bool(told), "where somebody has answered, something is right"
+            assert all(bool(c.verdict) >= (c.answers != truth.answers and not _near(truth, c)) for c in told if truth is not None)
 
     def __repr__(self) -> str:
         return f"<Canary tried={self.tried} of {len(self._cases)} quarantined={len(self.quarantined)}>"
@@ -273,41 +290,54 @@ class Canary:
         self._asked = who
         return [Ask(who, case.choice)]
 
+    def _forget(self) -> None:
+        """Where nobody knows which weights an engine has, those that come next may have others."""
+        groups = {case.group for case in self._cases.values()}
+        for group in [g for g in self._truths if g not in groups and not g[1]]:
+            del self._truths[group]
+
     def _judge(self, now: float) -> list[Command]:
         sentences = []
         for group in {case.group: None for case in self._cases.values()}:
             members = {w: c for w, c in self._cases.items() if c.group == group and c.answers is not None}
-            for who, verdict in _verdicts(members).items():
-                case = members[who]
+            truth = _right(members, self._truths.get(group))
+            if truth is None:
+                continue
+            self._truths[group] = truth
+            for who, case in members.items():
+                assert case.answers is not None
+                wrong = difference(truth.answers, case.answers)
+                verdict = f"{wrong}, which {truth.by} gave" if wrong else ""
                 if verdict and not case.verdict:
                     sentences.append(f"{who} is quarantined: {verdict}")
                 elif case.verdict and not verdict:
                     sentences.append(f"{who} is trusted again: most others answer as it does")
                 case.verdict = verdict
+        self._forget()
         self.history += [(now, sentence) for sentence in sentences]
         del self.history[:-HISTORY_LIMIT]
         return [Judged(sentence) for sentence in sentences]
 
 
-def _verdicts(members: Mapping[Pairing, _Case]) -> dict[Pairing, str]:
-    """What is wrong with each of those who have answered; empty for nothing."""
-    camps: list[tuple[Answers, list[Pairing]]] = []
+def _right(members: Mapping[Pairing, _Case], known: _Truth | None) -> _Truth | None:
+    """What is right now; None where nobody has ever answered."""
+    camps: list[tuple[_Truth, int]] = [(known, 1)] if known is not None else []
     for who, case in members.items():
         assert case.answers is not None
-        camp = next((c for c in camps if not difference(c[0], case.answers)), None)
-        if camp is None:
-            camps.append((case.answers, [who]))
+        unified = who.prefill is None
+        at = next((i for i, (truth, _) in enumerate(camps) if not difference(truth.answers, case.answers)), None)
+        if at is None:
+            camps.append((_Truth(case.answers, unified, str(who)), 1))
         else:
-            camp[1].append(who)
-    if not camps:
-        return {}
-    right, trusted = max(camps, key=lambda camp: (any(w.prefill is None for w in camp[1]), len(camp[1])))  # the first of equals
-    by = f", which {trusted[0]} gives"
-    found = dict.fromkeys(trusted, "")
-    for answers, others in camps:
-        if others is not trusted:
-            found |= {who: difference(right, answers) + by for who in others}
-    return found
+            truth, voices = camps[at]
+            camps[at] = (msgspec.structs.replace(truth, of_unified=truth.of_unified or unified), voices + 1)
+    says = {id(t): any(w.prefill is None and not difference(t.answers, c.answers or ()) for w, c in members.items()) for t, _ in camps}
+    best = max(camps, key=lambda camp: (says[id(camp[0])], camp[0].of_unified, camp[1]), default=None)  # the first of equals
+    return None if best is None else best[0]
+
+
+def _near(truth: _Truth, case: _Case) -> bool:
+    return case.answers is not None and not difference(truth.answers, case.answers)
 
 
 def _choices(view: ClusterView) -> Iterator[Choice]:

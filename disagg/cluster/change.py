@@ -53,7 +53,7 @@ class Limits(msgspec.Struct, frozen=True):
 
     drain_s: float = 30.0
     switch_s: float = 75.0
-    prove_s: float = 15.0
+    prove_s: float = 45.0
     restart_s: float = 900.0
 
 

@@ -51,6 +51,7 @@ from disagg.cluster.detector import (
     TimedOut,
     Troubled,
 )
+from disagg.cluster.examiner import Examiner
 from disagg.cluster.prober import Prober
 from disagg.cluster.transport import Bucket
 from disagg.errors import DisaggError, OrderError
@@ -95,9 +96,6 @@ class DataPath(Protocol):
 
     def legs_of(self, slot: int) -> int:
         """How many legs run on the engine in this slot."""
-
-    async def prove(self, choice: Choice) -> str:
-        """Has a pair, or a unified engine, answer one small request; raises DisaggError."""
 
 
 class Hosts(Protocol):
@@ -164,12 +162,14 @@ class Controller:
         self._control: Hosts | None = None
         self._wake = asyncio.Event()
         self.on_beat: Callable[[float, float], None] | None = None
+        self.examiner: Examiner | None = None
         self.view = self._make_view()
 
-    def attach(self, data: DataPath, control: Hosts | None = None) -> None:
-        """Makes it known to the relay and to the control plane, which are built after it."""
+    def attach(self, data: DataPath, control: Hosts | None = None, examiner: Examiner | None = None) -> None:
+        """Makes it known to the relay, the control plane and the examiner, which are built after it."""
         self._data = data
         self._control = control
+        self.examiner = examiner
 
     # --- life
 
@@ -210,6 +210,8 @@ class Controller:
                 self._feed(detector, Tick(self._last_bytes_at(detector.id)))
         for engine, (change, pid) in list(self._running.items()):
             self._look_at_change(engine, change, pid, now)
+        if self.examiner is not None:
+            self.examiner.look(self.view, now)
         if self._stale_at is not None and now - self._stale_at >= LOADS_SHOWN_S:
             self._publish()
 
@@ -367,7 +369,13 @@ class Controller:
     def _make_view(self) -> ClusterView:
         views = sorted((d.view for d in self._detectors.values()), key=lambda v: v.slot)
         self._shown = frozenset(v.id for v in views)
-        return ClusterView.of(views, (self._hosts[h] for h in sorted(self._hosts)), may_join=self._may_join)
+        hosts = (self._hosts[h] for h in sorted(self._hosts))
+        bad = self.examiner.quarantined if self.examiner is not None else None
+        return ClusterView.of(views, hosts, may_join=self._may_join, quarantined=bad)
+
+    def judged(self) -> None:
+        """Other pairs are quarantined than before."""
+        self._publish()
 
     async def _look(self, detector: EngineDetector, patience_s: float | None) -> None:
         address, began = detector.view.address, self._loop.time()
@@ -558,16 +566,15 @@ class Controller:
 
     async def _canary(self, change: Change, detector: EngineDetector) -> None:
         choice = self._partnered(detector.view, change.role)
-        if choice is None:
+        if choice is None or self.examiner is None:
             answer = CanaryEnded(done=True, sentence="no partner was there to prove it with")
         else:
-            answer = await self._prove(choice)
+            answer = await self._prove(self.examiner, choice)
         self._advance(change, answer, self._loop.time())
 
-    async def _prove(self, choice: Choice) -> CanaryEnded:
-        assert self._data is not None
+    async def _prove(self, examiner: Examiner, choice: Choice) -> CanaryEnded:
         try:
-            return CanaryEnded(done=True, sentence=await self._data.prove(choice))
+            return CanaryEnded(done=True, sentence=await examiner.prove(choice))
         except DisaggError as error:
             return CanaryEnded(done=False, sentence=str(error))
 

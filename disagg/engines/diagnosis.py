@@ -112,11 +112,13 @@ _LASTING = re.compile(
     r"|does not appear to have a file named|install NIXL|install mooncake|No module named|cannot open shared object file|_cuda_setDevice"
     r"|Found no NVIDIA driver|invalid device ordinal"
 )
+_HARMLESS = re.compile(r"^.*Ignore import error when loading .*$", re.MULTILINE)
+"""SGLang tries every model that it knows at each start, and says which of them lack a package: of no account for this one."""
 
 
 def is_lasting(text: str) -> bool:
     """Whether another start with the same settings must end in the same way; false where that is not certain."""
-    return _LASTING.search(text) is not None
+    return _LASTING.search(_HARMLESS.sub("", text)) is not None
 
 
 def why(text: str, code: int | None) -> str:
@@ -126,6 +128,7 @@ def why(text: str, code: int | None) -> str:
         text: the end of its log, of this life only, without secrets.
         code: negative for a signal; None where it is not known.
     """
+    text = _HARMLESS.sub("", text)
     known = _first(_CAUSES, text)
     if known:
         return known

@@ -209,7 +209,7 @@ def _settings(wanted: Wanted, known: Release) -> tuple[str, ...]:
         *_flag("--max-running-requests", wanted.max_running_requests),
         *_flag("--chunked-prefill-size", wanted.chunk_tokens),
         *_flag("--tp-size", wanted.tp_size if wanted.tp_size > 1 else 0),
-        *_flag("--numa-node", *wanted.numa),
+        *(("--numa-node", *map(str, wanted.numa)) if wanted.numa else ()),  # node 0 alone is a choice, too
         *(_flag("--device", wanted.device)),
         *(_CPU_ARGS if wanted.on_cpu else ()),
         *_several_hosts(wanted),

@@ -79,6 +79,7 @@ class RouterMetrics(Collector):
         self.loop_lag = Histogram(_STEP_S)
         self.control: ControlCounts | None = None
         self.prefixes: PrefixIndex | None = None
+        self.canaries: Mapping[str, int] = {}
         self._view = view
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -91,6 +92,9 @@ class RouterMetrics(Collector):
         yield self.itl.family("disagg_itl_seconds", "Time between two events of a stream.")
         yield _counter("disagg_handoffs", "Attempts by how they ended.", ["outcome"], _by_one(self.handoffs))
         yield _counter("disagg_replays", "Attempts made again, by reason.", ["reason"], _by_one(self.replays))
+        yield _counter("disagg_canaries", "Tries of pairs with fixed prompts, by how they ended.", ["outcome"], _by_one(self.canaries))
+        bad = len(self._view().quarantined)
+        yield GaugeMetricFamily("disagg_quarantined_pairs", "Pairs that are not used, because they answer wrong.", value=bad)
         yield _counter("disagg_shed", "Requests refused for want of capacity, by reason.", ["reason"], _by_one(self.shed))
         yield self.loop_lag.family("disagg_loop_lag_seconds", "How late the router's own timer was.")
         yield from self._of_engines()

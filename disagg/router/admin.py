@@ -211,7 +211,8 @@ def cluster_json(view: ClusterView, prefixes: PrefixIndex) -> dict[str, Any]:
         {"id": h.id, "state": h.state.value, "reason": h.reason, "release": h.release, "incarnation": h.incarnation} for h in view.hosts
     ]
     given = [{"id": name} for name in sorted({e.address.host for e in view.engines if not e.host})]
-    return {"hosts": joined + given, "engines": engines, "ready": not (why := view.why_not_ready()), "reason": why}
+    bad = [{"prefill": p, "decode": d, "reason": reason} for (p, d), reason in view.quarantined.items()]
+    return {"hosts": joined + given, "engines": engines, "quarantined": bad, "ready": not (why := view.why_not_ready()), "reason": why}
 
 
 def _cache_json(standing: Standing | None) -> dict[str, Any]:

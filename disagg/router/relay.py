@@ -29,8 +29,6 @@ RECORDS_LIMIT = 1000
 MAX_ATTEMPTS = 2
 CLIENT_STALL_S = 60.0
 PROVE_LIMIT_S = 10.0
-CANARY = b'{"text":"1","sampling_params":{"max_new_tokens":2,"temperature":0}}'
-"""What an engine answers before it gets work again. No prompt of anybody's."""
 ABORT_LIMIT_S = 2.0
 
 LegFactory = Callable[[Attempt, int], DecodeLeg]
@@ -359,19 +357,19 @@ class Relay:
         counts = self.in_flight.now
         return counts[slot] if slot < len(counts) else 0
 
-    async def prove(self, choice: Choice) -> str:
-        """Has a pair, or a unified engine, answer one small request.
+    async def ask(self, choice: Choice, body: bytes) -> bytes:
+        """Has this very pair, or unified engine, answer one ``/generate`` request of the router's own.
 
         Returns:
-            A sentence about the answer.
+            The answer's body.
 
         Raises:
-            DisaggError: it did not.
+            DisaggError: there is none within `PROVE_LIMIT_S`.
         """
         began = self.clock()
         slots = [e.slot for e in (choice.prefill, choice.decode) if e is not None]
         self.in_flight.grow(max(slots) + 1)
-        request = parse_request(Route.GENERATE, CANARY)
+        request = parse_request(Route.GENERATE, body)
         job = Job(
             request,
             request.rest,
@@ -388,9 +386,9 @@ class Relay:
             attempt.client_left()
         if attempt.error is not None:
             raise attempt.error
-        attempt.decode_leg = None
-        names = " and ".join(e.id for e in (choice.prefill, choice.decode) if e is not None)
-        return f"{names} answered a canary in {self.clock() - began:.2f} s"
+        leg = attempt.decode_leg
+        assert isinstance(leg, WholeLeg)
+        return leg.body
 
     async def outcome(self, attempt: Attempt, client: Client) -> None:
         """Waits for the end of an attempt, and for a client that reads slowly in between."""

@@ -13,7 +13,7 @@ from disagg.config import Config, ObserveSection, RouterSection
 from disagg.model import Role
 from disagg.observe.log import make_logger
 from disagg.server import Router, router_running
-from tests.fake_engine import FakeEngine, fake_engine
+from tests.fake_engine import Behaviour, FakeEngine, fake_engine
 from tests.ports import free_port
 
 
@@ -59,16 +59,24 @@ CHAT = {"model": "fake", "messages": [{"role": "user", "content": "say it"}]}
 
 
 @asynccontextmanager
-async def running_rig(*roles: Role, wait: bool = True, models: dict[int, str] | None = None, **settings: Any) -> AsyncIterator[Rig]:
+async def running_rig(
+    *roles: Role,
+    wait: bool = True,
+    models: dict[int, str] | None = None,
+    canaries: bool = False,
+    behave: Behaviour | None = None,
+    **settings: Any,
+) -> AsyncIterator[Rig]:
     log = make_logger("error", "text")
     async with AsyncExitStack() as stack:
         engines = []
         for i, role in enumerate(roles):
             number = sum(r is role for r in roles[:i])
             engines.append(await stack.enter_async_context(fake_engine(role, number, (models or {}).get(i, "fake"))))
+            engines[-1].behave = behave or engines[-1].behave
         section = RouterSection(http=f"127.0.0.1:{free_port()}", admin=f"127.0.0.1:{free_port()}", **{"probe_interval_s": 0.2, **settings})
         config = Config(router=section, observe=ObserveSection(log_level="error"))
-        router = await stack.enter_async_context(router_running(config, [e.address for e in engines], log))
+        router = await stack.enter_async_context(router_running(config, [e.address for e in engines], log, canaries=canaries))
         session = await stack.enter_async_context(aiohttp.ClientSession())
         if wait:
             async with asyncio.timeout(5):
