@@ -25,9 +25,9 @@ _PHASES = _table(
     (r"(?:Loading safetensors|loading) (?:checkpoint )?shards:\s+(\d+)% Completed", r"it loads the weights, \1 %"),
     (r"Load weight end", "the weights are loaded"),
     (r"KV Cache is allocated", "its KV pool is allocated"),
-    (r"Capture (?:decode |prefill )?cuda graph begin", "it captures CUDA graphs"),
+    (r"Capture [\w -]*cuda graph begin", "it captures CUDA graphs"),
     (r"Capturing batches.*?(\d+)%", r"it captures CUDA graphs, \1 %"),
-    (r"Capture (?:decode |prefill )?cuda graph end", "its CUDA graphs are captured"),
+    (r"Capture [\w -]*cuda graph end", "its CUDA graphs are captured"),
     (r"Start of (?:pd disaggregation )?warmup|Uvicorn running on", "it warms up"),
     (r"fired up and ready", "it is ready"),
 )
@@ -104,7 +104,7 @@ _CAUSES = _table(
     ),
     (r"Watchdog caught|watchdog timeout", "a step of its scheduler took too long, and its own watchdog ended it"),
 )
-_ERROR_LINE = re.compile(r"^(?:\[[^\]]*\]\s*)?((?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception)\b:?.*)$", re.MULTILINE)
+_ERROR_LINE = re.compile(r"^(?:\[[^\]]*\]\s*)?((?:[A-Za-z_][\w.]*\.)?(?:[A-Z]\w*)?(?:Error|Exception)\b:?.*)$", re.MULTILINE)
 
 
 _LASTING = re.compile(
