@@ -238,7 +238,7 @@ class PrefixIndex:
             return False
         if entry.parts is not None and (life, seq) < (entry.parts.life, entry.parts.seq):
             return False
-        if not entry.synced or entry.parts is not None or life != entry.life or seq != entry.seq + 1:
+        if not entry.synced or life != entry.life or seq != entry.seq + 1:
             return self._missed(entry, now)
         entry.seq = seq
         if entry.known:
