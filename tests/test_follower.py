@@ -132,6 +132,15 @@ async def test_ten_thousand_batches_are_replayed_although_a_socket_drops_what_do
             assert len(cache.snapshot()) == 10_000
 
 
+async def test_an_answer_without_its_end_is_not_waited_for_long(tmp_path: Path) -> None:
+    with FakePublisher(tmp_path) as publisher:
+        publisher.ends_dropped = 1
+        publisher.publish(stored(1, [1]))
+        async with following(publisher.source, patience_s=60) as cache:
+            await until(lambda: cache.known)
+            assert publisher.requests == [0, 1]
+
+
 @pytest.mark.parametrize("endpoint", ["nonsense", "tcp://256.0.0.1:x"])
 async def test_an_endpoint_that_is_none_makes_the_cache_unknown_and_the_follower_end(endpoint: str) -> None:
     follower = KvFollower(KvSource(endpoint, endpoint), log=make_logger("critical", "text"))

@@ -116,21 +116,21 @@ class Standing(msgspec.Struct, frozen=True):
 
 
 class _Parts:
-    """A snapshot that is still coming."""
+    """A snapshot that is still coming; each part is unpacked as it comes, so that the last one does not hold up the router."""
 
-    __slots__ = ("expected", "found", "life", "seq", "size")
+    __slots__ = ("blocks", "expected", "found", "life", "seq")
 
     def __init__(self, life: Life, seq: int, expected: int) -> None:
         self.life = life
         self.seq = seq
         self.expected = expected
-        self.found: dict[int, bytes] = {}
-        self.size = 0
+        self.found: set[int] = set()
+        self.blocks: set[int] = set()
 
     def add(self, part: int, packed: bytes) -> None:
         if part not in self.found:
-            self.found[part] = packed
-            self.size += len(packed)
+            self.found.add(part)
+            self.blocks.update(unpack(packed))
 
     @property
     def complete(self) -> bool:
@@ -208,14 +208,14 @@ class PrefixIndex:
         if coming is None or (coming.life, coming.seq, coming.expected) != (life, seq, message.parts):
             coming = entry.parts = _Parts(life, seq, message.parts)
         coming.add(message.part, message.blocks)
-        if coming.size > self._limit * HASH_BYTES:
+        if len(coming.blocks) > self._limit:
             self._refuse(entry, life, seq)
         elif coming.complete:
             self._replace(entry, coming, message)
 
     def _replace(self, entry: _Entry, parts: _Parts, last: KvSnapshot) -> None:
         entry.parts = None
-        entry.blocks = {name for index in range(parts.expected) for name in unpack(parts.found[index])} if last.known else set()
+        entry.blocks = parts.blocks if last.known else set()
         entry.life, entry.seq = parts.life, parts.seq
         entry.synced, entry.known = True, last.known
         entry.reason = "" if last.known else last.reason or "its host does not know what it holds"
@@ -238,7 +238,7 @@ class PrefixIndex:
             return False
         if entry.parts is not None and (life, seq) < (entry.parts.life, entry.parts.seq):
             return False
-        if not entry.synced or entry.parts is not None or life != entry.life or seq != entry.seq + 1:
+        if not entry.synced or life != entry.life or seq != entry.seq + 1:
             return self._missed(entry, now)
         entry.seq = seq
         if entry.known:
@@ -310,7 +310,7 @@ class PrefixIndex:
             assert entry.known or not entry.blocks
             assert entry.known == (not entry.reason)
             assert len(entry.blocks) <= self._limit
-            assert entry.parts is None or (not entry.parts.complete and entry.parts.size <= self._limit * HASH_BYTES)
+            assert entry.parts is None or (not entry.parts.complete and len(entry.parts.blocks) <= self._limit)
 
     def __repr__(self) -> str:
         known = sum(entry.known for entry in self._entries.values())

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from enum import StrEnum
 from typing import Annotated
 
@@ -283,9 +284,9 @@ class Cache:
         """Whether `snapshot` is all that the engine holds, as of the last batch."""
         return not self.reason
 
-    def snapshot(self) -> frozenset[int]:
-        """Our hashes of what is held; empty when that is not known."""
-        return frozenset(self._names) if self.known else frozenset()
+    def snapshot(self) -> AbstractSet[int]:
+        """Our hashes of what is held; empty when that is not known. It is not a copy: who wants to keep it makes one."""
+        return self._names if self.known else frozenset()
 
     def take_changes(self, limit: int) -> Changes:
         """What changed since the last call or `skip_changes`, without what cancelled out; at most so many hashes, the rest later."""

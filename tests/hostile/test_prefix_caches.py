@@ -20,7 +20,7 @@ from disagg.observe.log import make_logger
 from disagg.security.keys import make_key
 from disagg.wire.codec import encode, to_router
 from disagg.wire.kv_events import Cache
-from disagg.wire.messages import Ack, Heartbeat, Hello, KvDelta, KvResync, KvSnapshot, Message, Welcome
+from disagg.wire.messages import Ack, Heartbeat, Hello, KvDelta, KvResync, KvSnapshot, Message, Refused, Welcome
 from tests.fake_engine import until
 from tests.fake_publisher import FakePublisher
 from tests.hostile.conftest import Scene
@@ -96,7 +96,7 @@ async def test_a_host_speaks_for_its_own_engines_only_and_only_from_its_seat(sce
             for message in (
                 KvSnapshot(1, "n", foreign, 99, 99, block_size=1),
                 KvDelta(1, "n", foreign, 1, 2, cleared=True),
-                KvSnapshot(1, "other nonce", own.id, 1, 1, blocks=bytes(8)),
+                KvSnapshot(1, "other nonce", own.id, 50, 1, blocks=bytes(8)),
                 KvSnapshot(1, "n", own.id, 1, 1, blocks=b"123"),
                 KvSnapshot(1, "n", own.id, 1, 2, block_size=1),
             ):
@@ -174,6 +174,13 @@ async def test_a_snapshot_comes_once_and_again_when_it_is_asked_for() -> None:
         await until(lambda: router.count(KvSnapshot) == 2)
         first, second = (m for m in router.heard if isinstance(m, KvSnapshot))
         assert (first.seq, second.seq, first.epoch, first.incarnation) == (1, 2, 1, 7)
+
+
+async def test_a_snapshot_comes_at_each_join() -> None:
+    async with pretending(1, started(stored(1, [1]))) as router:
+        await until(lambda: router.count(KvSnapshot) == 1)
+        router.say(Refused("say hello again"))
+        await until(lambda: router.count(Hello) == 2 and router.count(KvSnapshot) == 2)
 
 
 async def test_a_router_that_does_not_keep_up_gets_heartbeats_and_nothing_else() -> None:

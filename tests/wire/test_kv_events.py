@@ -255,6 +255,18 @@ def test_an_engine_that_does_not_answer_is_asked_three_times() -> None:
     cache.check()
 
 
+def test_answers_that_only_miss_their_end_make_progress_and_lose_nothing() -> None:
+    cache = started()
+    cache.handle(BatchSeen(9, batch(9.0)))
+    for seq in range(1, 9):
+        assert cache.handle(ReplaySeen(seq, batch(float(seq)))) == []
+        assert cache.handle(ReplayFailed()) == [AskReplay(seq + 1)]
+    cache.handle(ReplayFailed())
+    assert cache.handle(ReplayEnded()) == []
+    assert cache.known
+    assert cache.counts["losses"] == 0
+
+
 def test_an_engine_that_is_not_up_yet_is_waited_for() -> None:
     cache = Cache()
     cache.handle(Began())
@@ -665,6 +677,30 @@ def test_a_word_that_says_nothing_shows_that_the_one_before_it_was_lost() -> Non
     courier.resync(E)
     tell(index, courier, cache, now=7.0)
     assert index._entries[E].blocks == cache.snapshot()
+
+
+def test_what_is_older_than_what_is_known_changes_nothing() -> None:
+    index, courier, cache = table_of(1)
+    old = KvSnapshot(1, "n", E, 1, 1, blocks=pack([7]))
+    cache.handle(BatchSeen(1, batch(1.0, stored(2, [2]))))
+    (delta,) = tell(index, courier, cache)
+    assert isinstance(delta, KvDelta)
+    index.take_snapshot(old)
+    assert not index.take_delta(delta, now=9.0)
+    assert not index.take_delta(KvDelta(1, "n", E, 0, 99, cleared=True), now=9.0)
+    assert not index.take_delta(KvDelta(0, "n", E, 9, 3, cleared=True), now=9.0)
+    assert index._entries[E].blocks == cache.snapshot()
+    assert index.counts["gaps"] == 0
+
+
+def test_a_word_of_another_process_continues_nothing() -> None:
+    for other in (KvDelta(1, "n", E, 2, 3), KvDelta(2, "n", E, 1, 3)):
+        index, _, _ = table_of(1)
+        assert index.take_delta(KvDelta(1, "n", E, 1, 2), now=0.0) is False
+        assert index.take_delta(other, now=0.0)
+        standing = index.standing(E)
+        assert standing is not None
+        assert standing.reason == "a word of its host was missed"
 
 
 def test_asking_for_a_snapshot_is_not_repeated_for_each_word_that_comes_meanwhile() -> None:
