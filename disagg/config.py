@@ -81,7 +81,7 @@ class EngineSection(msgspec.Struct, frozen=True):
     sglang_python: Annotated[
         str,
         _doc(
-            "The Python that has SGLang; empty means disagg's own, else that of scripts/install-sglang-cpu.",
+            "The Python that has SGLang; empty means DISAGG_SGLANG_PYTHON, disagg's own, or that of scripts/install-sglang-cpu.",
             flag="--sglang-python",
         ),
     ] = ""
@@ -132,7 +132,7 @@ class EngineEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         role: empty means the host's.
         gpus: the GPUs that it may see; empty means all.
         ib_device: instead of that of ``[engine]``.
-        numa: the NUMA nodes of its ranks; SGLang only.
+        numa: the NUMA node of each of its GPUs; SGLang only.
         ports: its HTTP port and its bootstrap port; empty means free ones.
         engine_args: after those of ``[engine]``.
     """
@@ -439,7 +439,7 @@ _ENGINES_EXAMPLE = """\
 # role = "prefill"          # else the host's role
 # gpus = [0, 1]             # the GPUs that it may see
 # ib_device = "mlx5_0"      # its RDMA device; else that of [engine]
-# numa = [0]                # the NUMA nodes of its ranks
+# numa = [0, 0]             # the NUMA node of each of its GPUs
 # ports = [30000, 8998]     # HTTP and bootstrap; else free ones
 # engine_args = []          # after those of [engine]"""
 

@@ -204,7 +204,9 @@ class _Parts:
         self._prober = prober
         self._log = log
         self._launcher: Launcher = UnitLauncher() if config.engine.supervise == "systemd" else ChildLauncher()
-        self._launches = Launches(config, plan.advertise, plan.root / "engines", is_child=plan.is_child)
+        self._launches = Launches(
+            config, plan.advertise, plan.root / "engines", is_child=plan.is_child, warn=lambda note: log.warning("engine", note=note)
+        )
 
     def keeper(self, spec: EngineSpec) -> Keeper:
         section = self._config.engine

@@ -13,7 +13,7 @@ import stat
 import subprocess
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -64,13 +64,17 @@ class Launches:
         advertise: the address of this host for the others.
         folder: below it each engine has a folder of its own.
         is_child: the engines end with this process.
+        warn: told what people should know of the installed release, once.
     """
 
-    def __init__(self, config: Config, advertise: str, folder: Path, *, is_child: bool) -> None:
+    def __init__(
+        self, config: Config, advertise: str, folder: Path, *, is_child: bool, warn: Callable[[str], object] = lambda _: None
+    ) -> None:
         self._config = config
         self._advertise = advertise
         self._folder = folder
         self._is_child = is_child
+        self._warn = warn
         self._taken: dict[EngineId, tuple[int, int]] = {}
         self._attempts: dict[EngineId, int] = {}
         self._releases: dict[Path, sglang.Release] = {}
@@ -178,37 +182,38 @@ class Launches:
             kv_events=section.kv_events,
             wait_s=self._config.router.first_token_timeout_s,
             args=(*section.engine_args, *spec.args),
+            path=os.environ.get("PATH", os.defpath),
         )
 
     def _release(self, python: Path) -> sglang.Release:
         if python not in self._releases:
-            self._releases[python] = sglang.release(read_version(python))
+            self._releases[python] = found = sglang.release(read_version(python))
+            if found.note:
+                self._warn(found.note)
         return self._releases[python]
 
     def _ports(self, spec: EngineSpec, bind: str) -> tuple[int, int]:
-        if spec.ports and all(spec.ports):
-            http, bootstrap = spec.ports
-            for port in spec.ports:
-                if not _is_free(bind, port):
-                    raise StartError(
-                        f"the engine {spec.id} cannot be started: port {port} on {bind} is taken by another program; stop that, or give the"
-                        " engine other `ports` in its entry of [[engines]]"
-                    )
-            return http, bootstrap
-        return self._free_ports(spec.id, bind)
+        for port in filter(None, spec.ports):
+            if not _is_free(bind, port):
+                raise StartError(
+                    f"the engine {spec.id} cannot be started: port {port} on {bind} is taken by another program; stop that, or give the"
+                    " engine other `ports` in its entry of [[engines]]"
+                )
+        free = self._free_ports(spec.id, bind)
+        try:
+            http, bootstrap = (port or next(free) for port in spec.ports or (0, 0))
+        except RuntimeError:  # what a StopIteration becomes in there
+            raise StartError(f"the engine {spec.id} cannot be started: no port from {FIRST_PORT} on is free at {bind}") from None
+        self._taken[spec.id] = http, bootstrap
+        return http, bootstrap
 
-    def _free_ports(self, engine: EngineId, bind: str) -> tuple[int, int]:
+    def _free_ports(self, engine: EngineId, bind: str) -> Iterator[int]:
         """Other ones at each start: those of the last may have been what it died of."""
         self._attempts[engine] = attempt = self._attempts.get(engine, 0) + 1
         others = {p for e, ports in self._taken.items() if e != engine for p in ports}
         first = zlib.crc32(f"{engine} {attempt}".encode()) % PORTS
         candidates = (FIRST_PORT + (first + i) % PORTS for i in range(PORTS))
-        free = (p for p in candidates if p not in others and _is_free(bind, p))
-        try:
-            self._taken[engine] = ports = (next(free), next(free))
-        except StopIteration:
-            raise StartError(f"the engine {engine} cannot be started: no port from {FIRST_PORT} on is free at {bind}") from None
-        return ports
+        return (p for p in candidates if p not in others and _is_free(bind, p))
 
 
 def model_of(config: Config) -> tuple[str, str]:
@@ -331,8 +336,13 @@ def _sockets(folder: Path) -> Path:
     Raises:
         StartError: the shorter one belongs to somebody else.
     """
-    if len(str(folder)) <= SOCKET_PATH_LIMIT - len("/kv-replay"):
+    limit = SOCKET_PATH_LIMIT - len("/kv-replay")
+    if len(str(folder)) <= limit:
         return folder
+    near = folder.parent.parent / "s" / f"{zlib.crc32(folder.name.encode()):08x}"  # units have a /tmp of their own each
+    if len(str(near)) <= limit:
+        near.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return near
     short = Path(f"/tmp/disagg-{os.getuid()}-{zlib.crc32(str(folder).encode()):08x}")  # noqa: S108  # made and looked at below
     with contextlib.suppress(FileExistsError):
         short.mkdir(mode=0o700)

@@ -43,13 +43,19 @@ class EngineState(StrEnum):
 
 
 class EngineLoad(msgspec.Struct, frozen=True):
-    """What an engine last said about itself. Requests are counts, KV is in tokens, the transfer counter in bytes since start."""
+    """What an engine last said about itself. Requests are counts, KV is in tokens, the transfer counter in bytes since start.
+
+    Attributes:
+        kv_quarantined_tokens: of the used ones, those that no request uses: SGLang keeps pages into which a peer that died in a transfer
+            may still be writing, for up to its release timeout. Known only while nothing runs.
+    """
 
     running: int = 0
     waiting: int = 0
     kv_used_tokens: int = 0
     kv_total_tokens: int = 0
     kv_transfer_bytes: int = 0
+    kv_quarantined_tokens: int = 0
 
 
 class EngineAddress(msgspec.Struct, frozen=True):

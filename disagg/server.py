@@ -160,7 +160,9 @@ async def router_running(
             log=log,
         )
         head, control = _control_plane(stack, config, controller, root, spawn, ids, log, say)
-        examiner = Examiner(ask=relay.ask, spawn=spawn, new_salt=ids.request_id, on_judged=controller.judged, log=log)
+        examiner = Examiner(
+            view=lambda: controller.view, ask=relay.ask, spawn=spawn, new_salt=ids.request_id, on_judged=controller.judged, log=log
+        )
         controller.attach(relay, head, examiner if canaries else None)
         metrics.canaries = examiner.outcomes
         orders = Orders(controller, head)

@@ -41,7 +41,11 @@ def _why(thing: Mapping[str, Any]) -> str:
     reason = str(thing["reason"])
     said = "" if thing["state"] in WELL and not any(mark in reason for mark in _WORTH_SAYING) else reason
     cache = thing.get("cache", {"known": True})
-    return said if said or cache["known"] else f"prefix cache unknown: {cache['reason']}"
+    kept = thing.get("load", {}).get("kv_quarantined_tokens", 0)
+    notes = [said] if said else []
+    notes += [] if said or cache["known"] else [f"prefix cache unknown: {cache['reason']}"]
+    notes += [f"{kept} tokens of its KV pool are kept from use: a peer that is gone might still write into them"] if kept else []
+    return "; ".join(notes)
 
 
 def hosts_table(hosts: Sequence[Mapping[str, Any]]) -> str:

@@ -321,7 +321,8 @@ def test_settings_take_no_ports_and_hold_no_key(tmp_path: Path) -> None:
 @pytest.fixture
 def far(tmp_path: Path) -> Iterator[Path]:
     """A state directory whose path is too long for a Unix socket; what it is replaced by goes away again."""
-    folder = tmp_path / ("long-" * 20)
+    root = tmp_path / ("long-" * 20)
+    folder = root / "engines" / "a"
     yield folder
     for used in (folder, folder.with_name(f"{folder.name}2"), folder / "engines" / "a"):
         short = Path(f"/tmp/disagg-{os.getuid()}-{zlib.crc32(str(used).encode()):08x}")
@@ -334,6 +335,15 @@ def far(tmp_path: Path) -> Iterator[Path]:
 def test_a_short_folder_keeps_the_sockets(tmp_path: Path) -> None:
     longest = tmp_path / ("x" * (SOCKET_PATH_LIMIT - len("/kv-replay") - len(str(tmp_path)) - 1))
     assert module._sockets(longest) == longest
+
+
+def test_the_folder_of_an_engine_with_a_long_name_gets_a_short_one_beside_it(tmp_path: Path) -> None:
+    folder = tmp_path / "engines" / ("x" * 90)
+    short = module._sockets(folder)
+    assert short.parent == tmp_path / "s"
+    assert stat.S_IMODE(short.stat().st_mode) == 0o700
+    assert module._sockets(folder) == short
+    assert module._sockets(folder.with_name("y" * 90)) != short
 
 
 def test_a_long_folder_gets_a_short_one_that_is_private(far: Path) -> None:
@@ -467,11 +477,11 @@ def test_a_folder_that_cannot_be_made_is_a_sentence_and_no_crash(tmp_path: Path)
 
 def test_an_entry_of_the_host_reaches_its_engine(tmp_path: Path) -> None:
     here = made(tmp_path, ib_device="mlx5_9", engine_args=("--a", "1"), transfer_backend="mooncake")
-    one = spec(gpus=(2, 3), ib_device="mlx5_0", numa=(1,), args=("--b", "2"))
+    one = spec(gpus=(2, 3), ib_device="mlx5_0", numa=(1, 0), args=("--b", "2"))
     launch = here.of(one, Role.DECODE)
     text = " ".join(launch.argv)
     assert "--disaggregation-ib-device mlx5_0" in text
-    assert "--numa-node 1 " in text
+    assert "--numa-node 1 0 " in text
     assert launch.argv[-4:] == ("--a", "1", "--b", "2")
     assert launch.env["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert launch.role is Role.DECODE

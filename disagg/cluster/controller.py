@@ -211,7 +211,7 @@ class Controller:
         for engine, (change, pid) in list(self._running.items()):
             self._look_at_change(engine, change, pid, now)
         if self.examiner is not None:
-            self.examiner.look(self.view, now)
+            self.examiner.look(now)
         if self._stale_at is not None and now - self._stale_at >= LOADS_SHOWN_S:
             self._publish()
 

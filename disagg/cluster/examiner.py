@@ -26,13 +26,18 @@ from disagg.cluster.canary import (
     request,
 )
 from disagg.errors import DisaggError, EngineError
-from disagg.model import Choice, ClusterView, EngineId
+from disagg.model import Choice, ClusterView, EngineId, EngineState, EngineView
+
+
+class TakenOutError(EngineError):
+    """Somebody wants an engine for something else: that is nobody's fault."""
 
 
 class Examiner:
     """Tries pairs.
 
     Args:
+        view: returns the current view of the cluster.
         ask: has a pair answer one ``/generate`` body; raises DisaggError.
         spawn: runs a coroutine as a task that somebody owns.
         new_salt: a fresh word each time.
@@ -45,6 +50,7 @@ class Examiner:
     def __init__(
         self,
         *,
+        view: Callable[[], ClusterView],
         ask: Callable[[Choice, bytes], Awaitable[bytes]],
         spawn: Callable[[Coroutine[Any, Any, None], str], Any],
         new_salt: Callable[[], str],
@@ -52,6 +58,7 @@ class Examiner:
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         self.outcomes: Counter[str] = Counter()
+        self._view = view
         self._ask = ask
         self._spawn = spawn
         self._new_salt = new_salt
@@ -66,8 +73,9 @@ class Examiner:
         """Who must not be used, with the reason."""
         return self._machine.quarantined
 
-    def look(self, view: ClusterView, now: float) -> None:
+    def look(self, now: float) -> None:
         """Called at each beat: looks whether there are pairs to try."""
+        view = self._view()
         seen = tuple((e.slot, e.address.pid, e.address.role, e.state, e.facts.model) for e in view.engines)
         if seen != self._seen:
             self._seen = seen
@@ -78,7 +86,7 @@ class Examiner:
                 self._feed(Tick(), now)
 
     async def prove(self, choice: Choice) -> str:
-        """Has a pair that is not in service yet answer, and compares.
+        """Has a pair of which one engine is not in service yet answer, and compares.
 
         Returns:
             A sentence about its answers.
@@ -87,7 +95,10 @@ class Examiner:
             DisaggError: it does not answer, or answers otherwise than the others do.
         """
         began = self._loop.time()
-        answers = await self._examine(choice)
+        try:
+            answers = await self._examine(choice, in_service=1)
+        except TakenOutError as error:
+            return f"it was not proved: {error}"
         wrong = self._machine.against(choice, answers)
         self.outcomes["differs" if wrong else "same"] += 1
         if wrong:
@@ -109,14 +120,35 @@ class Examiner:
     async def _try(self, asked: Ask) -> None:
         event: Event
         try:
-            event = Answered(asked.pairing, await self._examine(asked.choice))
+            event = Answered(asked.pairing, await self._examine(asked.choice, in_service=2))
         except DisaggError as error:
-            self.outcomes["failed"] += 1
+            self.outcomes["failed"] += not isinstance(error, TakenOutError)
             self._log.info("a canary was not answered", by=str(asked.pairing), why=str(error))
             event = Failed(asked.pairing, str(error))
         self._feed(event, self._loop.time())
         if isinstance(event, Answered):
             self.outcomes["differs" if asked.pairing.names in self.quarantined else "same"] += 1
 
-    async def _examine(self, choice: Choice) -> Answers:
-        return tuple([read_answer(await self._ask(choice, request(prompt, self._new_salt()))) for prompt in PROMPTS])
+    async def _examine(self, choice: Choice, *, in_service: int) -> Answers:
+        answers = []
+        for prompt in PROMPTS:
+            self._refuse_taken_out(choice, in_service)
+            answers.append(read_answer(await self._ask(choice, request(prompt, self._new_salt()))))
+        return tuple(answers)
+
+    def _refuse_taken_out(self, choice: Choice, in_service: int) -> None:
+        """Between two prompts an engine is idle, so a switch may have begun: asked now, a prompt would wait there for nobody.
+
+        Raises:
+            TakenOutError: fewer of the pair are in service than there should be.
+        """
+        engines = {e.id: e for e in self._view().engines}
+        pair = [e for e in (choice.prefill, choice.decode) if e is not None]
+        ready = [e for e in pair if e.id in engines and _serves(engines[e.id], e)]
+        if len(ready) < min(in_service, len(pair)):
+            gone = next(e.id for e in pair if e not in ready)
+            raise TakenOutError(f"{gone} was taken out of service before it had answered its canaries")
+
+
+def _serves(now: EngineView, then: EngineView) -> bool:
+    return now.state is EngineState.READY and now.address.role is then.address.role and now.address.pid == then.address.pid

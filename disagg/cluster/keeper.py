@@ -60,6 +60,9 @@ PROBE_PATIENCE_S = 10.0
 SWITCH_PATIENCE_S = 60.0
 """Decode captures its CUDA graphs anew on a flip; that may take long."""
 
+BUSY_PATIENCE_S = 35.0
+"""SGLang keeps pages of a handoff whose prefill engine died for 30 s."""
+
 SpawnTask = Callable[[Coroutine[Any, Any, None], str], Any]
 
 
@@ -212,25 +215,42 @@ class _Watched:
     async def _post_switch(self, address: EngineAddress, role: Role) -> tuple[bool, str]:
         self._switching = f"it switches from {self._role} to {role}"
         self._on_change()
-        body = {"new_role": MODES[role], "decode_cuda_graph_memory_gb": 0}
+        began = self._loop.time()
         try:
             async with asyncio.timeout(SWITCH_PATIENCE_S):
-                status, answer = await self._prober.post(address, "/pd_role_switch", body)
+                refusal = await self._ask_to_switch(address, role)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             return False, f"its role switch was not answered ({type(error).__name__})"
         finally:
             self._switching = ""
-        if status != 200 or not answer.get("success"):
-            said = str(answer.get("message") or f"HTTP {status}")[:300]
-            return False, f"the engine refused to switch: {said}"
+        if refusal:
+            return False, f"the engine refused to switch: {refusal}"
         was, self._role = self._role, role
         self._mode_fault = ""
         if self._follower is not None:
             self._follower.dropped()  # SGLang empties its prefix cache on a switch
+        took = f"in {self._loop.time() - began:.2f} s"
         seen = await self._look(address, anew=True)
         self._on_change()
         how = "" if isinstance(seen, Answered) else f"; it does not answer yet: {_why_silent(seen)}"
-        return True, f"it switched from {was} to {role} and kept its weights and its KV pool{how}"
+        return True, f"it switched from {was} to {role} {took} and kept its weights and its KV pool{how}"
+
+    async def _ask_to_switch(self, address: EngineAddress, role: Role) -> str:
+        """Returns why not, empty when it did.
+
+        An engine that is not idle is asked again for a while: SGLang counts pages into which a dead peer might still write, and no load
+        that it tells shows when the last of its threads has let go. Its refusal says that it serves on (``safe_to_restore``).
+        """
+        body = {"new_role": MODES[role], "decode_cuda_graph_memory_gb": 0}
+        until = self._loop.time() + BUSY_PATIENCE_S
+        while True:
+            status, answer = await self._prober.post(address, "/pd_role_switch", body)
+            if status == 200 and answer.get("success"):
+                return ""
+            said = str(answer.get("message") or f"HTTP {status}")[:300]
+            if not answer.get("safe_to_restore") or "idle" not in said or self._loop.time() >= until:
+                return said
+            await asyncio.sleep(POLL_S)
 
 
 class EngineKeeper(_Watched):
@@ -275,6 +295,7 @@ class EngineKeeper(_Watched):
         self._address: EngineAddress | None = None
         self._start_ticks = 0
         self._progress = ""  # how far its start has come
+        self._parts = 1
         self._leaving: RunningEngine | None = None
         self._outdated = ""
         self._wake = asyncio.Event()
@@ -351,6 +372,7 @@ class EngineKeeper(_Watched):
         self._start_ticks = record.start_ticks
         self._facts, self._load, self._counter, self._working = EngineFacts(), EngineLoad(), 0, False
         self._own_facts = EngineFacts(model_hash=record.launch.model_hash, part=record.launch.part)
+        self._parts = record.launch.parts
         self._mode_fault = self._progress = ""
         self._answered_at = self._loop.time()
         self._address = record.ready.address(record) if record.ready is not None else None
@@ -553,6 +575,8 @@ class EngineKeeper(_Watched):
             return False, f"it does not run: {self._life.reason}"
         if Role.UNIFIED in {role, self._role}:
             return False, "an engine cannot become unified, or stop being it, while it runs"
+        if self._parts > 1:
+            return False, _ROLE_OF_PARTS
         done, sentence = await self._post_switch(self._address, role)
         if done:
             record = msgspec.structs.replace(process.record(), role=role)
@@ -565,6 +589,8 @@ class EngineKeeper(_Watched):
         """Starts it anew in this role; returns when that is under way."""
         if self._life.state is State.STOPPING:
             return False, "it is stopping already"
+        if self._parts > 1 and role is not self._role:
+            return False, _ROLE_OF_PARTS
         was, self._role = self._role, role
         self._feed(RestartAsked(cause))
         return True, f"it is started anew{f' as {role} (was {was})' if role is not was else ''}: {cause}"
@@ -676,6 +702,9 @@ class AttachedKeeper(_Watched):
 
 def _why_silent(seen: Refused | TimedOut) -> str:
     return "it refuses connections" if isinstance(seen, Refused) else seen.why
+
+
+_ROLE_OF_PARTS = "an engine over several hosts keeps its role: change it in the settings of each of them, and restart them"
 
 
 def _read_log(process: RunningEngine) -> str:

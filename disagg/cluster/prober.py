@@ -153,14 +153,22 @@ def read_load(answer: Mapping[str, Any]) -> EngineLoad:
     def total(*names: str) -> int:
         return sum(next((_whole(r[n]) for n in names if r.get(n) is not None), 0) for r in ranks)
 
+    used, busy = total("num_used_tokens"), total("num_running_reqs") + total("num_waiting_reqs") + sum(map(_queued, ranks))
     moved = sum(_whole((r.get("disaggregation") or {}).get("kv_transfer_bytes_total")) for r in ranks)
     return EngineLoad(
         running=total("num_running_reqs"),
         waiting=total("num_waiting_reqs"),
-        kv_used_tokens=total("num_used_tokens"),
+        kv_used_tokens=used,
         kv_total_tokens=total("max_total_num_tokens", "num_total_tokens"),
         kv_transfer_bytes=moved,
+        kv_quarantined_tokens=0 if busy else used,
     )
+
+
+def _queued(rank: Mapping[str, Any]) -> int:
+    """Requests that wait for a peer."""
+    queues = rank.get("disaggregation")
+    return sum(_whole(v) for k, v in queues.items() if k.endswith("_reqs")) if isinstance(queues, dict) else 0
 
 
 def _whole(value: object) -> int:

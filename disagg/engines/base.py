@@ -43,6 +43,7 @@ class EngineLaunch(msgspec.Struct, frozen=True):
         kv_events: where it publishes its KV events; None where it does not.
         model_hash: of its model folder, for an engine that does not say it itself.
         part: which part of an engine over several hosts; only part 0 serves requests.
+        parts: how many it has.
     """
 
     id: EngineId
@@ -59,6 +60,7 @@ class EngineLaunch(msgspec.Struct, frozen=True):
     kv_events: KvSource | None = None
     model_hash: str = ""
     part: int = 0
+    parts: int = 1
 
     def __repr__(self) -> str:
         return f"<EngineLaunch {self.id} {self.role}>"  # argv and env may hold secrets

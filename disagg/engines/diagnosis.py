@@ -48,7 +48,6 @@ _STUCK = _table(
         r"\[Errno 98\].*?\('([^']+)', (\d+)\).*address already in use",
         r"port \2 on \1 is taken by another program: stop that, or give the engine other ports",
     ),
-    (r"address already in use", "one of its ports is taken by another program: stop that, or give the engine other ports"),
 )
 
 
@@ -59,6 +58,7 @@ def hopeless(text: str) -> str:
 
 _CAUSES = _table(
     *((row[0].pattern, row[1]) for row in _STUCK),
+    (r"address already in use", "one of its ports is taken by another program: stop that, or give the engine other ports"),
     (r"error: unrecognized arguments: (.+)", r"it does not know the arguments \1: check engine_args, and which release this is"),
     (r"error: (argument .+)", r"it refuses an \1"),
     (r"error: the following arguments are required: (.+)", r"it lacks the arguments \1"),
@@ -102,7 +102,7 @@ _CAUSES = _table(
         r"pool memory leak detected|token_to_kv_pool_allocator memory leak",
         "it found that pages of its KV pool were lost, and ended itself",
     ),
-    (r"Watchdog caught|watchdog timeout", "a step of its scheduler took too long, and its own watchdog ended it"),
+    (r"watchdog timeout(?!.*soft=True)", "a step of its scheduler took too long, and its own watchdog ended it"),
 )
 _ERROR_LINE = re.compile(r"^(?:\[[^\]]*\]\s*)?((?:[A-Za-z_][\w.]*\.)?(?:[A-Z]\w*)?(?:Error|Exception)\b:?.*)$", re.MULTILINE)
 

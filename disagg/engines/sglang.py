@@ -97,6 +97,7 @@ class Wanted(msgspec.Struct, frozen=True):
         device: ``cpu``, or what SGLang's ``--device`` takes; empty for its own choice.
         nodes, node_rank, dist_address: of an engine over several hosts; `dist_address` is HOST:PORT of the first one.
         backend: ``mooncake``, ``mooncake-tcp``, ``nixl`` or ``mori``.
+        path: the host's PATH; compilers that SGLang calls lie beside its Python.
         wait_s: how long a request may wait for its peer: as long as the router does.
         args: the operator's, which win.
     """
@@ -133,6 +134,7 @@ class Wanted(msgspec.Struct, frozen=True):
     role_switch: bool = True
     kv_events: bool = True
     wait_s: float = 60.0
+    path: str = ""
     args: tuple[str, ...] = ()
 
     @property
@@ -169,6 +171,7 @@ def launch(wanted: Wanted, known: Release, model_hash: str = "") -> EngineLaunch
         kv_events=source,
         model_hash=model_hash,
         part=wanted.node_rank,
+        parts=wanted.nodes,
     )
 
 
@@ -191,6 +194,10 @@ def check(wanted: Wanted) -> None:
         raise ConfigError(
             f"the engine {wanted.id} has tp_size = {wanted.tp_size} but sees {len(wanted.gpus)} GPUs on {wanted.nodes} host"
             f"{'s' * (wanted.nodes > 1)}: give it as many GPUs as ranks"
+        )
+    if wanted.gpus and wanted.numa and len(wanted.gpus) != len(wanted.numa):
+        raise ConfigError(
+            f"the engine {wanted.id} has {len(wanted.gpus)} GPUs and {len(wanted.numa)} NUMA nodes: give one node for each GPU"
         )
     if wanted.nodes > 1 and not wanted.dist_address:
         raise ConfigError(f"the engine {wanted.id} spans {wanted.nodes} hosts: engine.dist_address must say HOST:PORT of its first one")
@@ -244,7 +251,7 @@ def _roles(wanted: Wanted, known: Release) -> tuple[str, ...]:
 
 def can_switch(wanted: Wanted, known: Release) -> bool:
     """Whether the engine is started so that its role can be switched while it runs."""
-    asked = wanted.role_switch and known.role_switch and wanted.role is not Role.UNIFIED
+    asked = wanted.role_switch and known.role_switch and wanted.role is not Role.UNIFIED and wanted.nodes == 1
     return asked and wanted.backend in _SWITCHABLE_BACKENDS and not any(_demands(wanted.args, *flag) for flag in _NOT_SWITCHABLE)
 
 
@@ -311,6 +318,7 @@ def _environment(wanted: Wanted) -> dict[str, str]:
         "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT": str(DEFERRED_RELEASE_S),
         "SGL_FORCE_SHUTDOWN": "1",  # SIGTERM: the agent has drained it, and its own drain has no limit
         "SGLANG_HOST_IP": wanted.host,  # else Mooncake announces the address of whatever interface it finds first
+        "PATH": f"{wanted.python.parent}:{wanted.path}",
         "PYTHONUNBUFFERED": "1",
     }
     if wanted.backend == "mooncake-tcp":

@@ -201,6 +201,7 @@ def cluster_json(view: ClusterView, prefixes: PrefixIndex) -> dict[str, Any]:
                 "waiting": e.load.waiting,
                 "kv_used_tokens": e.load.kv_used_tokens,
                 "kv_total_tokens": e.load.kv_total_tokens,
+                "kv_quarantined_tokens": e.load.kv_quarantined_tokens,
             },
             "reason": f"{e.reason}, but {e.unpaired}" if e.unpaired else e.reason,
             **_cache_json(prefixes.standing(e.id)),

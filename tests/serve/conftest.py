@@ -127,7 +127,8 @@ class Site:
 def is_engine(pid: int) -> bool:
     """True for a living process that is one of our engines: a pid alone may be somebody else's by now."""
     try:
-        return b"disagg.engines.embedded" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"disagg.engines.embedded" in command or b"sglang.launch_server" in command
     except OSError:
         return False
 

@@ -1,0 +1,133 @@
+"""Engines are killed with work on them; their agents start them anew; nothing stays held."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+import httpx2
+import pytest
+
+from tests.sglang.conftest import BACK_LIMIT_S, ENGINE, PLAIN_JSON, Cluster, text_of, until
+
+FREE_WITHIN_S = 2.0
+QUARANTINE_S = 30.0
+"""SGLang's own: a decode engine keeps the pages that a killed prefill engine may have been writing into."""
+
+
+class Asking(threading.Thread):
+    """A streamed request and what became of it."""
+
+    def __init__(self, cluster: Cluster, tokens: int, answer: int, seed: int) -> None:
+        super().__init__()
+        self._url = cluster.url + "/generate"
+        sampling = {"temperature": 0, "max_new_tokens": answer, "ignore_eos": True}
+        self._body = {"input_ids": text_of(tokens, seed), "sampling_params": sampling, "stream": True}
+        self.status = 0
+        self.text = ""
+
+    def run(self) -> None:
+        with httpx2.stream("POST", self._url, json=self._body, timeout=120) as answer:
+            self.status = answer.status_code
+            for part in answer.iter_text():
+                self.text += part
+
+    @property
+    def ended_well(self) -> bool:
+        return self.status == 200 and self.text.endswith("data: [DONE]\n\n")
+
+    @property
+    def ended_with_an_error(self) -> bool:
+        return '"error"' in self.text and "[DONE]" not in self.text
+
+
+def kill(cluster: Cluster, engine: str) -> int:
+    pid: int = cluster.engine(engine)["pid"]
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def wait_back(cluster: Cluster, engine: str, old_pid: int) -> None:
+    def is_back() -> bool:
+        found: dict[str, Any] = cluster.engine(engine)
+        return bool(found["state"] == "ready" and found["pid"] != old_pid)
+
+    until(is_back, BACK_LIMIT_S)
+
+
+def works(cluster: Cluster) -> None:
+    with cluster.without("u"):
+        asking = Asking(cluster, 60, 4, 999)
+        asking.run()
+        assert asking.ended_well
+
+
+def test_decode_is_killed_in_mid_stream(cluster: Cluster) -> None:
+    with cluster.without("u"):
+        asking = Asking(cluster, 60, 2000, 500)
+        asking.start()
+        until(lambda: asking.text.count("data:") > 3, 30.0)
+        pid = kill(cluster, "d")
+        took = until(lambda: not cluster.held("p"), 10.0)
+        asking.join(10)
+        assert asking.ended_with_an_error
+        assert took <= FREE_WITHIN_S
+        wait_back(cluster, "d", pid)
+    works(cluster)
+    cluster.wait_idle("p", "d", limit_s=FREE_WITHIN_S)
+
+
+def test_prefill_is_killed_in_mid_prefill(cluster: Cluster) -> None:
+    """Its request ends. What decode keeps for a while are pages into which the dead engine might still be writing, and it says so."""
+    with cluster.without("u"):
+        asking = Asking(cluster, 3500, 2, 600)
+        asking.start()
+        until(lambda: bool(cluster.held("d")), 30.0)
+        pid = kill(cluster, "p")
+        asking.join(10)
+        assert asking.ended_with_an_error
+        until(lambda: cluster.held("d").keys() <= {"num_used_tokens"}, FREE_WITHIN_S)
+        kept = cluster.held("d").get("num_used_tokens", 0)
+        if kept:
+            until(lambda: cluster.engine("d")["load"]["kv_quarantined_tokens"] == kept, 2.0)
+            shown = cluster.run("status").stdout
+            assert f"{kept} tokens of its KV pool are kept from use" in shown
+        until(lambda: not cluster.held("d"), QUARANTINE_S + 5.0)
+        until(lambda: cluster.engine("d")["load"]["kv_quarantined_tokens"] == 0, 2.0)
+        wait_back(cluster, "p", pid)
+    works(cluster)
+
+
+def test_the_unified_engine_is_killed_and_the_pair_goes_on(cluster: Cluster) -> None:
+    with cluster.without("d"):
+        asking = Asking(cluster, 60, 2000, 700)
+        asking.start()
+        until(lambda: asking.text.count("data:") > 3, 30.0)
+    pid = kill(cluster, "u")
+    asking.join(10)
+    assert asking.ended_with_an_error
+    works_now = Asking(cluster, 60, 4, 701)
+    works_now.run()
+    assert works_now.ended_well
+    wait_back(cluster, "u", pid)
+
+
+@pytest.mark.parametrize("engine", ["d"])
+def test_an_agent_is_killed_and_its_engine_serves_on(cluster: Cluster, engine: str) -> None:
+    """The next agent finds the process, its key and its KV events again."""
+    pid = cluster.engine(engine)["pid"]
+    with cluster.without("u"):
+        asking = Asking(cluster, 60, 60, 800)
+        asking.start()
+        until(lambda: asking.text.count("data:") > 3, 30.0)
+        cluster.hosts[engine].end(signal.SIGKILL)
+        asking.join(60)
+        assert asking.ended_well
+        cluster.start_host(engine, "decode", *ENGINE, *PLAIN_JSON)
+        until(lambda: cluster.host(engine)["incarnation"] > 1 and cluster.engine(engine)["state"] == "ready", 20.0)
+        assert cluster.engine(engine)["pid"] == pid
+        works_now = Asking(cluster, 60, 4, 801)
+        works_now.run()
+        assert works_now.ended_well
