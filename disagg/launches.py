@@ -123,7 +123,7 @@ class Launches:
         argv += [] if role is Role.UNIFIED else ["--enable-pd-role-switch", "--disaggregation-decode-enable-radix-cache"]
         argv += ["--ready-file", str(folder / "ready.json")]
         argv += [*(["--exit-with-parent"] if self._is_child else []), *section.engine_args, *spec.args]
-        key = "" if self._is_child else secrets.token_urlsafe(24)
+        key = "" if self._is_child else _new_key()
         env = ({KEY_VARIABLE: key} if key else {}) | ({"CUDA_VISIBLE_DEVICES": ",".join(map(str, spec.gpus))} if spec.gpus else {})
         return EngineLaunch(spec.id, role, tuple(argv), env, folder / "log", folder / "ready.json", api_key=key)
 
@@ -146,7 +146,7 @@ class Launches:
             bootstrap_port=bootstrap,
             folder=folder,
             sockets=_sockets(folder),
-            api_key=secrets.token_urlsafe(24),
+            api_key=_new_key(),
             device=device,
             backend=find_backend(section.transfer_backend, Path("/sys/class/infiniband")),
         )
@@ -214,6 +214,11 @@ class Launches:
         first = zlib.crc32(f"{engine} {attempt}".encode()) % PORTS
         candidates = (FIRST_PORT + (first + i) % PORTS for i in range(PORTS))
         return (p for p in candidates if p not in others and _is_free(bind, p))
+
+
+def _new_key() -> str:
+    """Hex: a key that began with a dash would be taken for a flag where it is an argument."""
+    return secrets.token_hex(24)
 
 
 def model_of(config: Config) -> tuple[str, str]:

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
+from disagg.engines.folder import model_hash
 from disagg.launches import DEMO_MODEL
 from tests.ports import free_port
 from tests.serve.conftest import Process, wait_for
 from tests.sglang.conftest import ENGINE, Cluster
 
-HELD_WITHIN_S = 150.0
+HELD_WITHIN_S = 180.0
 REST_S = 60.0
 CONFIG = """
 [engine]
@@ -37,29 +38,32 @@ ports = [{taken}, {free}]
 """
 
 
-def other_weights(folder: Path) -> Path:
-    """The demo model, but for one of its weights."""
+def other_weights(folder: Path, *, hidden: bool) -> Path:
+    """The demo model, but for some of its weights. The hash of a model samples its files, so that weights can differ unseen by it."""
     shutil.copytree(DEMO_MODEL, folder)
     path = folder / "model.safetensors"
     content = bytearray(path.read_bytes())
-    content[-4096:] = bytes(4096)
+    where = len(content) - 4096 if hidden else len(content) // 2
+    content[where : where + 4096] = bytes(4096)
     path.write_bytes(content)
+    assert (model_hash(folder) == model_hash(DEMO_MODEL)) is hidden
     return folder
 
 
 @pytest.fixture(scope="module")
 def broken(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Process]]:
-    """Three hosts that somebody has set up wrong."""
+    """Hosts that somebody has set up wrong."""
     folder = tmp_path_factory.mktemp("broken")
     taken = int(cluster.record("p").launch.url.rpartition(":")[2])
     config = folder / "disagg.toml"
     config.write_text(CONFIG.format(taken=taken, free=free_port()))
-    other = other_weights(folder / "other")
     hosts = {
         "bad": cluster.start_host("bad", "prefill", "--config", str(config)),
         "nomodel": cluster.start_host("nomodel", "decode", *ENGINE, "--model", str(folder / "no-such-model")),
-        "other": cluster.start_host("other", "decode", *ENGINE, "--model", str(other), "--served-name", "demo"),
     }
+    for name, hidden in (("other", False), ("odd", True)):
+        model = other_weights(folder / name, hidden=hidden)
+        hosts[name] = cluster.start_host(name, "decode", *ENGINE, "--model", str(model), "--served-name", "demo")
     yield hosts
     for name, host in hosts.items():
         host.end()
@@ -90,6 +94,16 @@ def test_engines_with_other_weights_are_never_paired(cluster: Cluster, broken: A
     wait_for(lambda: "is never paired with p: model hash" in cluster.engine("other")["reason"], lambda: str(cluster.engine("other")))
 
 
+def test_a_pair_that_answers_wrong_is_quarantined_and_named(cluster: Cluster, broken: Any) -> None:
+    """Its weights differ where the hash does not look: only what it answers shows it."""
+    cluster.wait_engine("odd", "ready", HELD_WITHIN_S)
+    wait_for(lambda: bool(cluster.cluster()["quarantined"]), lambda: str(cluster.cluster()))
+    (bad,) = cluster.cluster()["quarantined"]
+    assert (bad["prefill"], bad["decode"]) == ("p", "odd")
+    assert "which u gave" in bad["reason"]
+    assert "p with odd" in cluster.run("status").stdout
+
+
 def test_the_rest_of_the_cluster_serves_on(cluster: Cluster, broken: Any) -> None:
     with cluster.without("d"):
         answer = cluster.ask()
@@ -116,4 +130,4 @@ def test_no_leak_is_reported_after_a_minute_of_rest(cluster: Cluster, broken: An
         found = cluster.engine(name)
         assert (found["pid"], found["state"]) == (pid, "ready")
         assert "memory leak" not in cluster.log_of(name)
-    assert cluster.metric("disagg_quarantined_pairs") == 0
+    assert ("p", "d") not in {(bad["prefill"], bad["decode"]) for bad in cluster.cluster()["quarantined"]}
