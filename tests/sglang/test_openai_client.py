@@ -30,7 +30,6 @@ TOOL: Any = {
     "function": {
         "name": "weather",
         "description": "Tells the weather",
-        "strict": True,
         "parameters": {"type": "object", "properties": {"day": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["day"]},
     },
 }
