@@ -241,3 +241,28 @@ def test_each_request_has_its_salt_and_is_greedy() -> None:
     body = msgspec.json.decode(request(PROMPTS[0], "s1"))
     assert body["extra_key"] == "s1"
     assert body["sampling_params"]["temperature"] == 0
+
+
+# --- what a view makes of it
+
+
+def test_a_quarantined_unified_engine_is_in_no_pool() -> None:
+    engines = [engine(Role.PREFILL, 0), engine(Role.DECODE, 0), engine(Role.UNIFIED, 0)]
+    seen = ClusterView.of(engines, quarantined={(None, EngineId("u0")): "it errs"})
+    assert seen.pools["m"].unified == ()
+    assert seen.pools["m"].can_pair
+    assert next(e for e in seen.engines if e.id == "u0").unpaired == "is quarantined: it errs"
+
+
+def test_a_quarantined_pair_is_still_tried_when_its_engines_are_others() -> None:
+    engines = [engine(Role.PREFILL, 0), engine(Role.DECODE, 0)]
+    seen = ClusterView.of(engines, quarantined={(EngineId("p0"), EngineId("d0")): "it errs"})
+    assert not seen.pools["m"].can_pair
+    (proving,) = seen.proving
+    assert proving.can_pair
+
+
+def test_a_part_of_an_engine_over_several_hosts_is_in_no_pool() -> None:
+    part = engine(Role.DECODE, 1, facts=EngineFacts(model="m", part=1))
+    seen = ClusterView.of([engine(Role.PREFILL, 0), engine(Role.DECODE, 0), part])
+    assert [e.id for e in seen.pools["m"].decode] == ["d0"]

@@ -28,15 +28,18 @@ def no_launch(_: Role) -> EngineLaunch:
 class Switching:
     """A prober of an engine that switches when it is told to."""
 
+    def __init__(self, *refusals: dict[str, Any]) -> None:
+        self.refusals = list(refusals)
+
     async def post(self, *_: Any) -> tuple[int, dict[str, Any]]:
-        return 200, {"success": True}
+        return (400, self.refusals.pop(0)) if self.refusals else (200, {"success": True})
 
     async def look(self, *_: Any) -> TimedOut:
         return TimedOut("it switched a moment ago")
 
 
 @asynccontextmanager
-async def keeping(folder: Path) -> AsyncIterator[tuple[EngineKeeper, list[asyncio.Task[None]]]]:
+async def keeping(folder: Path, prober: Switching | None = None) -> AsyncIterator[tuple[EngineKeeper, list[asyncio.Task[None]]]]:
     """A keeper, and the tasks that it has started."""
     work: list[asyncio.Task[None]] = []
     async with asyncio.TaskGroup() as tasks:
@@ -53,7 +56,7 @@ async def keeping(folder: Path) -> AsyncIterator[tuple[EngineKeeper, list[asynci
             launcher=cast("Launcher", None),
             folder=folder,
             life=cast("EngineLife", None),
-            prober=cast("Prober", Switching()),
+            prober=cast("Prober", prober or Switching()),
             spawn=spawn,
             on_change=lambda: None,
             log=make_logger("critical", "text"),
@@ -94,3 +97,22 @@ async def test_after_a_role_switch_the_cache_is_empty_whether_the_engine_says_so
             done, _ = await keeper._post_switch(EngineAddress(EngineId("e"), Role.PREFILL, "h", 1), Role.DECODE)
             assert done
             assert (cache.known, cache.snapshot()) == (True, frozenset())
+
+
+BUSY = {"success": False, "message": "instance is not idle; drain all requests before switching", "safe_to_restore": True}
+BROKEN = {"success": False, "message": "instance is not idle any more, and unhealthy", "safe_to_restore": False}
+
+
+async def test_an_engine_that_is_not_idle_yet_is_asked_to_switch_again(tmp_path: Path) -> None:
+    engine = Switching(BUSY, BUSY)
+    async with keeping(tmp_path, engine) as (keeper, _):
+        done, said = await keeper._post_switch(EngineAddress(EngineId("e"), Role.PREFILL, "h", 1), Role.DECODE)
+    assert done, said
+    assert engine.refusals == []
+
+
+async def test_an_engine_that_is_broken_is_not_asked_again(tmp_path: Path) -> None:
+    async with keeping(tmp_path, Switching(BROKEN)) as (keeper, _):
+        done, said = await keeper._post_switch(EngineAddress(EngineId("e"), Role.PREFILL, "h", 1), Role.DECODE)
+    assert not done
+    assert "unhealthy" in said

@@ -64,3 +64,19 @@ def test_no_host_says_how_to_make_one() -> None:
 
 def test_what_a_host_says_of_itself_cannot_move_the_cursor() -> None:
     assert "\x1b" not in table(cluster(engine(state="dead", reason="\x1b[2J gone", model="\x07")))
+
+
+def test_kv_that_an_idle_engine_keeps_from_use_is_shown() -> None:
+    load = {"running": 0, "waiting": 0, "kv_used_tokens": 512, "kv_total_tokens": 1000, "kv_quarantined_tokens": 512}
+    assert "512 tokens of its KV pool are kept from use: a peer that is gone might still write into them" in table(
+        cluster(engine(load=load))
+    )
+
+
+def test_a_quarantined_pair_is_named_with_the_reason() -> None:
+    shown = cluster(engine()) | {
+        "quarantined": [{"prefill": "p", "decode": "d", "reason": "it errs"}, {"prefill": None, "decode": "u", "reason": "so does it"}]
+    }
+    lines = [" ".join(line.split()) for line in table(shown).splitlines()]
+    assert "p with d it errs" in lines
+    assert "u so does it" in lines

@@ -108,3 +108,27 @@ async def test_a_canary_that_is_not_answered_says_nothing_about_right_and_wrong(
             engine.behave = answer_well
         async with await rig.post(CHAT) as response:
             assert response.status == 200
+
+
+async def test_an_engine_that_is_taken_out_between_two_prompts_gets_no_second_one() -> None:
+    """It is idle between them, so that its role switch may begin: a prompt sent then would wait for nobody."""
+    taken = asyncio.Event()
+
+    async def behave(call: Call) -> None:
+        if call.path == "/generate" and call.engine.role is Role.DECODE and not taken.is_set():
+            taken.set()
+            await rig.router.controller.drain("decode-0", "a test")
+        await (answer_well(call) if call.engine.role is Role.PREFILL else call.json_answer(generate_answer([5, 6, 7])))
+
+    async with running_rig(Role.PREFILL, Role.DECODE, canaries=True, wait=False) as rig:
+        for engine in rig.engines:
+            engine.behave = behave
+        async with asyncio.timeout(LIMIT_S):
+            await taken.wait()
+            while rig.decode.live or rig.prefill.live:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        examiner = rig.router.controller.examiner
+        assert examiner is not None
+        await rig.router.controller.undrain("decode-0", "a test")
+        assert len(rig.decode.calls) == 1
+        assert examiner.outcomes["failed"] == 0
