@@ -27,7 +27,7 @@ from disagg.engines.process import ChildLauncher, UnitLauncher
 from disagg.engines.restart import EngineLife, Limits
 from disagg.errors import ConfigError, StartError
 from disagg.launches import KEY_VARIABLE, EngineSpec, Launches
-from disagg.life import Say, Stop, owned_tasks, raise_file_limit, run, settle_memory
+from disagg.life import Say, Stop, owned_tasks, run, set_limits, settle_memory
 from disagg.model import EngineAddress, EngineId, Role
 from disagg.observe.log import make_logger
 from disagg.security.keys import KeyPair, load_given_key, load_or_make_key
@@ -258,7 +258,7 @@ async def serve_host(config: Config, role: Role, token: str, say: Say) -> None:
     began = time.monotonic()
     log = make_logger(config.observe.log_level, config.observe.log_format)
     stop = Stop(asyncio.get_running_loop(), say)
-    raise_file_limit()
+    set_limits()
     plan = make_plan(config, role, token)
     say(f"disagg {__version__} {role} host {plan.name}, engines at {plan.advertise}, joining {_place(plan.join)}")
     engines_stay = config.engine.supervise == "systemd"

@@ -88,7 +88,8 @@ class Launches:
         """
         folder = self._folder / spec.id
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.chmod(0o700)  # its sockets speak of prompts, and its log of settings
         except OSError as error:
             raise StartError(f"the engine {spec.id} cannot be started: {folder}: {error.strerror}") from error
         return self._sglang(spec, role, folder) if self._config.engine.engine == "sglang" else self._embedded(spec, role, folder)
@@ -131,8 +132,9 @@ class Launches:
 
     def _sglang(self, spec: EngineSpec, role: Role, folder: Path, ports: tuple[int, int] | None = None) -> EngineLaunch:
         section = self._config.engine
-        model, name = model_of(self._config)
-        device = find_device(section.device, Path("/dev"))
+        model = sglang.given((*section.engine_args, *spec.args), "--model-path") or ""
+        model, name = (model, section.served_name or Path(model).name) if model else model_of(self._config)
+        device = self._device(spec)
         python, shim = find_python(section.sglang_python, device, os.environ)
         known = self._release(python)
         http, bootstrap = ports or self._ports(spec, section.bind or self._advertise)
@@ -183,6 +185,19 @@ class Launches:
             wait_s=self._config.router.first_token_timeout_s,
             args=(*section.engine_args, *spec.args),
             path=os.environ.get("PATH", os.defpath),
+        )
+
+    def _device(self, spec: EngineSpec) -> str:
+        """Never the CPU by accident: who names GPUs has some, and then their driver is not there."""
+        section = self._config.engine
+        device = find_device(section.device, Path("/dev"))
+        named = [name for name in ("gpus", "numa", "ib_device") if getattr(spec, name)]
+        named += [name for name in ("ib_device", "mem_fraction") if getattr(section, name)]
+        if device != "cpu" or section.device != "auto" or not named:
+            return device
+        raise StartError(
+            f"the engine {spec.id} has {named[0]} set, and this host shows no GPU in /dev: check the driver with nvidia-smi, or set"
+            " engine.device = cpu"
         )
 
     def _release(self, python: Path) -> sglang.Release:

@@ -104,8 +104,9 @@ def settle_memory() -> None:
     gc.set_threshold(50_000, 20, 20)
 
 
-def raise_file_limit() -> None:
-    """As many files as the system allows: every connection is one."""
+def set_limits() -> None:
+    """As many files as the system allows: every connection is one. No core files, of engines neither: they would hold keys and prompts."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

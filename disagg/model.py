@@ -267,7 +267,7 @@ class ClusterView(msgspec.Struct, frozen=True):
             return f"no pair can be made: {lone.id} {lone.unpaired}"
         ready = {e.address.role for e in self.engines if e.state is EngineState.READY}
         missing = [r.value for r in (Role.PREFILL, Role.DECODE) if r not in ready]
-        states = ", ".join(f"{e.id} {e.state}" for e in self.engines)
+        states = ", ".join(f"{e.id} {'' if e.id.startswith(e.address.role) else f'as {e.address.role} '}{e.state}" for e in self.engines)
         return f"no ready {' and no ready '.join(missing)} engine ({states})"
 
 

@@ -28,8 +28,8 @@ from disagg.errors import OrderError, StartError
 from disagg.handoff import Limits
 from disagg.host import Host, HostPlan, host_running, only_one
 from disagg.ids import Ids
-from disagg.launches import EngineSpec, model_of
-from disagg.life import Say, Stop, owned_tasks, raise_file_limit, run, settle_memory, supervised
+from disagg.launches import EngineSpec, Launches, model_of
+from disagg.life import Say, Stop, owned_tasks, run, set_limits, settle_memory, supervised
 from disagg.model import EngineAddress, EngineId, EngineState, EngineView, Role
 from disagg.observe.log import make_logger
 from disagg.observe.metrics import RouterMetrics
@@ -326,7 +326,7 @@ async def serve_router(config: Config, say: Say) -> None:
     began = time.monotonic()
     log = make_logger(config.observe.log_level, config.observe.log_format)
     stop = Stop(asyncio.get_running_loop(), say)
-    raise_file_limit()
+    set_limits()
     addresses = engine_addresses(config.router)
     root = state_root(config.security.state_dir or None, os.environ)
     notes: list[str] = []
@@ -371,14 +371,18 @@ async def run_up(config: Config, counts: dict[Role, int], say: Say) -> None:
     """``disagg up``: a router and a host with its engines on this machine, until a signal. The host joins as any other does.
 
     Raises:
+        ConfigError: settings contradict each other.
         StartError: an engine or the router cannot start.
     """
     began = time.monotonic()
     log = make_logger(config.observe.log_level, config.observe.log_format)
     stop = Stop(asyncio.get_running_loop(), say)
-    raise_file_limit()
+    set_limits()
     config = _throw_away(config)
     model, name = model_of(config)
+    specs = tuple(EngineSpec(EngineId(f"{role}-{i}"), role) for role, n in counts.items() for i in range(n))
+    for spec in specs:
+        Launches(config, "127.0.0.1", Path(), is_child=True).check(spec)
     run_dir = Path(tempfile.mkdtemp(prefix="disagg-up-"))
     say(f"disagg {__version__} on this machine: {config.engine.engine} engine, model {name} ({model})")
     async with contextlib.AsyncExitStack() as stack:
@@ -391,7 +395,7 @@ async def run_up(config: Config, counts: dict[Role, int], say: Say) -> None:
             name="local",
             join=("127.0.0.1", router.control.port),
             advertise="127.0.0.1",
-            engines=tuple(EngineSpec(EngineId(f"{role}-{i}"), role) for role, n in counts.items() for i in range(n)),
+            engines=specs,
             root=run_dir,
             token=token,
             is_child=True,
@@ -434,7 +438,7 @@ async def _wait_ready(router: Router, host: Host, stop: Stop, say: Say) -> None:
         while not ready.is_set() and not stop.asked.is_set():
             failed = next((r for r in host.agent.reports() if r.state in {EngineState.DEAD, EngineState.HELD} and r.reason), None)
             if failed is not None and host.deaths(failed.id):
-                raise StartError(f"the engine {failed.id} does not start: {failed.reason}")
+                raise StartError(f"the engine {failed.id} does not start: {failed.reason.partition('; it is started again')[0]}")
             if host.task.done():
                 await host.task
             for keeper in host.keepers:

@@ -128,7 +128,24 @@ def test_what_a_unified_engine_said_stays_right_when_it_is_gone() -> None:
     assert town.quarantined == {"p0 with d0"}
     town.see(view())
     town.see(view(1, 1))
-    assert town.quarantined == {"p0 with d0"}
+    assert town.quarantined == set()  # other processes, and nobody is left who could tell
+
+
+def test_an_upgrade_of_all_engines_is_not_the_end_of_service() -> None:
+    town = Town()
+    town.see(view(2, 2, 1))
+    town.wrong = frozenset({"u0", *(f"p{p} with d{d}" for p in range(2) for d in range(2))})
+    town.see(view())
+    town.see(view(2, 2))
+    assert town.quarantined == set()
+
+
+def test_one_new_engine_that_differs_from_those_that_stayed_is_quarantined() -> None:
+    town = Town()
+    town.see(view(1, 2))
+    town.wrong = frozenset({"p0 with d1"})
+    town.see(ClusterView.of([engine(Role.PREFILL, 0), engine(Role.DECODE, 0), engine(Role.DECODE, 1, pid=2)]))
+    assert town.quarantined == {"p0 with d1"}
 
 
 def test_where_weights_are_unknown_the_next_engines_may_have_others() -> None:

@@ -292,6 +292,20 @@ def kept() -> Kept:
     return made
 
 
+def test_what_ran_on_a_process_is_forgotten_with_it(kept: Kept) -> None:
+    kept.report(load=EngineLoad(running=1, kv_used_tokens=99))
+    assert kept.made.view.load.running == 1
+    kept.report(state=S.STARTING, reason="it starts", pid=8, start_ticks=80, facts=EngineFacts(), load=EngineLoad())
+    assert kept.made.view.load == EngineLoad()
+
+
+def test_a_part_of_an_engine_over_several_hosts_serves_nothing_and_is_well_all_the_same() -> None:
+    made = Kept()
+    made.report(facts=EngineFacts(part=1))
+    assert made.state() is S.READY
+    assert made.made.view.facts.part == 1
+
+
 def test_its_agents_report_is_enough_and_nobody_probes(kept: Kept) -> None:
     assert kept.why == (S.READY, "it answers")
     view = kept.made.view

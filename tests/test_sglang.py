@@ -11,7 +11,7 @@ import pytest
 
 from disagg.engines import sglang
 from disagg.engines.base import EngineLaunch, decode_kept, encode_kept
-from disagg.engines.sglang import _NOT_SWITCHABLE, Release, Wanted, can_switch, check, launch, release
+from disagg.engines.sglang import _NO_DECODE_CACHE, _NOT_SWITCHABLE, Release, Wanted, can_switch, check, launch, release
 from disagg.errors import ConfigError
 from disagg.model import EngineId, Role
 
@@ -209,6 +209,36 @@ def test_the_operators_arguments_stand_last_and_win() -> None:
     one = of(args=args)
     assert one.argv[-len(args) :] == args
     assert one.settings[-len(args) :] == args
+    assert one.url == "http://10.0.0.12:1"
+
+
+def test_what_they_say_of_ports_and_key_is_where_the_engine_is_looked_for() -> None:
+    one = of(Role.PREFILL, args=("--disaggregation-bootstrap-port", "9", "--api-key=mine"))
+    assert (one.bootstrap_port, one.api_key) == (9, "mine")
+    with pytest.raises(ConfigError, match="--port without a number: write a port"):
+        of(args=("--port",))
+
+
+@pytest.mark.parametrize("word", ["--hos", "--host-=x", "--por", "--api-k", "--model-pa"])
+def test_a_flag_that_disagg_must_read_is_written_in_full(word: str) -> None:
+    if word == "--host-=x":
+        assert of(args=(word,)).argv[-1] == word  # another flag
+        return
+    with pytest.raises(ConfigError, match=f"{word}: write --"):
+        of(args=(word, "1"))
+
+
+@pytest.mark.parametrize("address", ["0", "0.0.0", "0x0", "::0", "0:0:0:0:0:0:0:0", "[::]", "::ffff:0.0.0.0", "*"])
+def test_every_way_to_write_every_address_needs_the_word(address: str) -> None:
+    with pytest.raises(ConfigError, match="i_know"):
+        of(bind=address)
+    assert of(bind=address, i_know=True)
+
+
+def test_other_settings_in_the_environment_are_other_settings() -> None:
+    assert of(gpus=(0,)).settings != of(gpus=(1,)).settings
+    assert of(backend="mooncake").settings != of(backend="mooncake-tcp").settings
+    assert of(path="/usr/bin").settings == of(path="/bin").settings
 
 
 def test_addresses() -> None:
@@ -309,7 +339,8 @@ def test_the_switch_is_left_out_where_sglang_would_not_start_with_it(flag: str, 
     demands = ((flag, "8"), (f"{flag}=8",), (flag, harmless, flag, "8")) if harmless else ((flag,), (flag, "EAGLE"), (flag, "--other"))
     for args in demands:
         assert "--enable-pd-role-switch" not in of(role, args=args).argv, args
-        assert "--disaggregation-decode-enable-radix-cache" in of(role, args=args).argv
+        cached = "--disaggregation-decode-enable-radix-cache" in of(role, args=args).argv
+        assert cached is (flag not in {name for name, _ in _NO_DECODE_CACHE})
     fine = ((flag, harmless), (f"{flag}={harmless}",), (flag, "8", flag, harmless)) if harmless else ((f"{flag}-not", "8"),)
     for args in fine:
         assert "--enable-pd-role-switch" in of(role, args=args).argv, args
@@ -465,4 +496,4 @@ def test_the_environment_of_a_cpu_host() -> None:
     ],
 )
 def test_the_last_value_of_a_flag_counts(args: tuple[str, ...], found: str | None) -> None:
-    assert sglang._given(args, "--f") == found
+    assert sglang.given(args, "--f") == found

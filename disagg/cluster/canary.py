@@ -7,7 +7,7 @@ are less than `NEAR_TIE` apart, two kinds of GPU may well differ in a rounding, 
 
 Which answer is right? The one that a unified engine gives, or once gave, because it hands nothing over; else the one that most pairs give;
 else the first. It may change as more pairs answer, and with it who is quarantined. It is remembered when who gave it is gone, as one more
-voice.
+voice; but nobody new is condemned by an absent witness alone, or an upgrade of all engines would be the end of service.
 
 Answers are compared among engines of one model: of the same name, weights (as far as their hash is known) and precision. A pair is known by
 its processes: a restart of either engine, or a change of its role, makes it a new pair, to be tried again; that is the way out of a
@@ -321,6 +321,8 @@ class Canary:
 
 def _right(members: Mapping[Pairing, _Case], known: _Truth | None) -> _Truth | None:
     """What is right now; None where nobody has ever answered."""
+    if known is not None and all(difference(known.answers, case.answers or ()) for case in members.values()):
+        known = _without_witness(members, known)
     camps: list[tuple[_Truth, int]] = [(known, 1)] if known is not None else []
     for who, case in members.items():
         assert case.answers is not None
@@ -334,6 +336,16 @@ def _right(members: Mapping[Pairing, _Case], known: _Truth | None) -> _Truth | N
     says = {id(t): any(w.prefill is None and not difference(t.answers, c.answers or ()) for w, c in members.items()) for t, _ in camps}
     best = max(camps, key=lambda camp: (says[id(camp[0])], camp[0].of_unified, camp[1]), default=None)  # the first of equals
     return None if best is None else best[0]
+
+
+def _without_witness(members: Mapping[Pairing, _Case], known: _Truth) -> _Truth | None:
+    """Nobody who is there says any more what was right. It may be an upgrade of all engines: new ones that agree are believed.
+
+    Those that were found wrong while somebody could tell stay so for as long as they live.
+    """
+    fresh = [case.answers for case in members.values() if not case.verdict and case.answers is not None]
+    agree = bool(fresh) and not any(difference(fresh[0], answers) for answers in fresh)
+    return None if agree else known
 
 
 def _near(truth: _Truth, case: _Case) -> bool:
@@ -375,4 +387,5 @@ def _group(choice: Choice) -> tuple[str, ...]:
         choice.decode.facts.model,
         next((e.facts.model_hash for e in engines if e.facts.model_hash), ""),
         next((e.facts.dtype for e in engines if e.facts.dtype), ""),
+        next((e.facts.version for e in engines if e.facts.version), ""),
     )

@@ -212,7 +212,7 @@ class Change:
     def _proved(self, event: CanaryEnded, now: float) -> list[Command]:
         if event.done:
             return self._finish(Phase.DONE, f"{event.sentence}; it is back in service as {self.role}", now)
-        return self._restart(f"it did not answer after its switch: {event.sentence}", now)
+        return self._restart(f"its canaries failed after the switch: {event.sentence}", now)
 
     def _restart(self, cause: str, now: float) -> list[Command]:
         self._enter(Phase.RESTARTING, self._limits.restart_s, now)

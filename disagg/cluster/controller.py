@@ -530,7 +530,7 @@ class Controller:
         return legs == 0 and view.load.running + view.load.waiting == 0
 
     def _serves(self, view: EngineView) -> bool:
-        return view.state in {EngineState.SWITCHING, EngineState.DRAINING, EngineState.READY} and bool(view.facts.model)
+        return view.state in {EngineState.SWITCHING, EngineState.DRAINING, EngineState.READY} and bool(view.facts.model or view.facts.part)
 
     def _advance(self, change: Change, event: ChangeEvent, now: float) -> None:
         if change.phase not in FINAL:

@@ -226,7 +226,7 @@ class EngineDetector:
     def check(self) -> None:
         """Asserts what is always true."""
         assert self._refusals >= 0
-        assert self._view.state is not EngineState.READY or self._view.facts.model
+        assert self._view.state is not EngineState.READY or self._view.facts.model or self._view.facts.part
         assert self._view.state is not EngineState.READY or self._host_state is HostState.ONLINE
         assert self._probing or self._probe_at is not None or (self._agent_is_heard and not self._wants_a_look)
         assert self._view.state is not EngineState.READY or not (self._hung or self._lifeless or self._dead or self._gone)
@@ -277,8 +277,10 @@ class EngineDetector:
             self._mode = ""
         self._agent = report
         self._note_place(report)
-        if report.facts.model:
+        if report.facts.model or report.facts.part:
             self._take(report.facts, report.load)
+        elif report.state in _NOTHING_RUNS:
+            self._view = msgspec.structs.replace(self._view, load=EngineLoad())  # what ran on the process before has ended with it
         if self._agent_is_heard:
             self._gone, self._lifeless = "", False
             self._watch(report.counter, report.working and not self._is_exempt, now)
@@ -467,7 +469,7 @@ class EngineDetector:
         agent = self._agent
         if agent is not None and agent.state is EngineState.STARTING:
             return EngineState.STARTING, agent.reason[:REASON_LIMIT] or "it is starting"
-        if self._view.facts.model:
+        if self._view.facts.model or self._view.facts.part:
             return None
         if self._answered_at > NEVER:
             return EngineState.SUSPECT, "it does not say which model it serves"
@@ -523,3 +525,4 @@ _MOVES: Mapping[type, Callable[[EngineDetector, Any, float], list[Command]]] = {
     Stalled: EngineDetector._on_stall,
     Tick: EngineDetector._on_tick,
 }
+_NOTHING_RUNS = frozenset({EngineState.STARTING, EngineState.DEAD, EngineState.HELD})

@@ -25,7 +25,7 @@ from disagg.cluster.canary import (
     read_answer,
     request,
 )
-from disagg.errors import DisaggError, EngineError
+from disagg.errors import DeadlineError, DisaggError, EngineError, EngineTimeoutError, NoCapacityError
 from disagg.model import Choice, ClusterView, EngineId, EngineState, EngineView
 
 
@@ -97,8 +97,8 @@ class Examiner:
         began = self._loop.time()
         try:
             answers = await self._examine(choice, in_service=1)
-        except TakenOutError as error:
-            return f"it was not proved: {error}"
+        except (TakenOutError, EngineTimeoutError, DeadlineError, NoCapacityError) as error:
+            return f"it was not proved yet: {error}"  # a partner with a long queue is no reason to load a model anew
         wrong = self._machine.against(choice, answers)
         self.outcomes["differs" if wrong else "same"] += 1
         if wrong:
@@ -125,6 +125,10 @@ class Examiner:
             self.outcomes["failed"] += not isinstance(error, TakenOutError)
             self._log.info("a canary was not answered", by=str(asked.pairing), why=str(error))
             event = Failed(asked.pairing, str(error))
+        except Exception:  # noqa: BLE001  # a fault of ours must not end all canaries
+            self.outcomes["failed"] += 1
+            self._log.exception("a canary failed", by=str(asked.pairing))
+            event = Failed(asked.pairing, "a fault of the router's")
         self._feed(event, self._loop.time())
         if isinstance(event, Answered):
             self.outcomes["differs" if asked.pairing.names in self.quarantined else "same"] += 1

@@ -408,6 +408,7 @@ class EngineKeeper(_Watched):
     def _do(self, command: Command) -> None:
         match command:
             case Spawn():
+                self._progress = ""
                 self._spawn(self._start(), f"start {self.id}")
             case Terminate():
                 if self._process is not None and self._process is not self._leaving:
@@ -426,7 +427,7 @@ class EngineKeeper(_Watched):
             launch = await asyncio.to_thread(self._prepare, self._role)
             process = await self._launcher.start(launch)
         except (StartError, ConfigError) as error:
-            self._feed(SpawnFailed(str(error)))
+            self._feed(SpawnFailed(str(error), lasting=isinstance(error, ConfigError)))
             return
         record = process.record()
         self._outdated = ""
@@ -712,4 +713,6 @@ def _read_log(process: RunningEngine) -> str:
     return process.log_text()
 
 
-_MAY_RUN = frozenset({EngineState.READY, EngineState.DRAINING, EngineState.SWITCHING})
+_MAY_RUN = frozenset(
+    {EngineState.READY, EngineState.DRAINING, EngineState.SWITCHING, EngineState.SUSPECT, EngineState.QUARANTINED},
+)

@@ -97,7 +97,7 @@ _CAUSES = _table(
     ),
     (r"invalid device ordinal|CUDA_VISIBLE_DEVICES", "one of its GPUs is not there: check `gpus` of its entry in [[engines]]"),
     (r"No module named '?sglang'?", "SGLang is not installed in its Python: set engine.sglang_python, or install it (docs/gpu.md)"),
-    (r"NCCL error|ncclUnhandledCudaError|NCCL WARN", "its ranks cannot talk to each other (NCCL): see its log"),
+    (r"NCCL error|ncclUnhandledCudaError", "its ranks cannot talk to each other (NCCL): see its log"),
     (
         r"pool memory leak detected|token_to_kv_pool_allocator memory leak",
         "it found that pages of its KV pool were lost, and ended itself",

@@ -120,9 +120,10 @@ class Spawned(msgspec.Struct, frozen=True):
 
 
 class SpawnFailed(msgspec.Struct, frozen=True):
-    """It could not be started at all."""
+    """It could not be started at all. `lasting`: nor would it be the next time."""
 
     why: str
+    lasting: bool = False
 
 
 class Adopted(msgspec.Struct, frozen=True):
@@ -392,16 +393,19 @@ class EngineLife:
         if self.pid is None:
             return []  # of the process before: the new one is not even spawned
         self._run("it is ready", now)
+        self._lasting = 0
         return []
 
     def _spawn_failed(self, event: SpawnFailed, now: float) -> list[Command]:
-        return self._die(event.why, now)
+        return self._die(event.why, now, lasting=event.lasting)
 
     def _exited(self, event: Exited, now: float) -> list[Command]:
         if self.state is State.RUNNING and now - self._ready_at >= self._limits.well_s:
             self._streak = 0
         when = " while it started" if self.state is State.STARTING else ""
-        return self._die(f"it ended {_with(event.code)}{when}{f': {event.why}' if event.why else ''}", now, lasting=event.lasting)
+        return self._die(
+            f"it ended {_with(event.code)}{when}{f': {event.why}' if event.why else ''}", now, lasting=event.lasting and bool(when)
+        )
 
     def _ended_as_asked(self, _event: Any, now: float) -> list[Command]:
         self.pid = None

@@ -12,6 +12,7 @@ feature and a flip restarts it.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,8 @@ from disagg.errors import ConfigError
 from disagg.model import MODES, EngineId, Role
 
 NEWEST_TRIED = (0, 5, 23)
-WILDCARDS = frozenset({"0.0.0.0", "::", "[::]", "*", ""})
+_ZEROS = re.compile(r"0[x0]*(\.0[x0]*){0,3}")
+"""``0`` and ``0.0`` are ways to write 0.0.0.0."""
 MIN_EVENT_PAGE = 16
 """Smaller blocks make an event for every few tokens: the stream then costs more than what it is good for."""
 CPU_KV_TOKENS = 16384
@@ -150,24 +152,26 @@ def launch(wanted: Wanted, known: Release, model_hash: str = "") -> EngineLaunch
         ConfigError: settings contradict each other, or ask for what is not safe.
     """
     check(wanted)
+    wanted = _as_given(wanted)
     source = _kv_source(wanted, known)
-    hide = bool(wanted.api_key) and not _given(wanted.args, "--config")  # it takes only one such file
+    hide = bool(wanted.api_key) and not given(wanted.args, "--config")  # it takes only one such file
     key_path = wanted.folder / "key.yaml"
     key_args = _flag("--config", str(key_path)) if hide else _flag("--api-key", wanted.api_key)
     settings = (*_settings(wanted, known), *_events_args(source))
     places = (*_flag("--port", wanted.port), *(() if wanted.role is Role.UNIFIED else _flag(_BOOTSTRAP, wanted.bootstrap_port)))
     command = (str(wanted.python), "-m", "sglang.launch_server")
+    env = _environment(wanted)
     return EngineLaunch(
         wanted.id,
         wanted.role,
         argv=(*command, *settings, *places, *key_args, *wanted.args),
-        env=_environment(wanted),
+        env=env,
         log_file=wanted.folder / "log",
         url=f"http://{f'[{wanted.host}]' if ':' in wanted.host else wanted.host}:{wanted.port}",
         bootstrap_port=0 if wanted.role is Role.UNIFIED else wanted.bootstrap_port,
         api_key=wanted.api_key,
         secret_files=((key_path, f"api-key: {wanted.api_key}\n"),) if hide else (),
-        settings=(*command, *settings, *wanted.args),
+        settings=(*(f"{name}={value}" for name, value in env.items() if name != "PATH"), *command, *settings, *wanted.args),
         kv_events=source,
         model_hash=model_hash,
         part=wanted.node_rank,
@@ -178,17 +182,43 @@ def launch(wanted: Wanted, known: Release, model_hash: str = "") -> EngineLaunch
 _BOOTSTRAP = "--disaggregation-bootstrap-port"
 
 
+def _as_given(wanted: Wanted) -> Wanted:
+    """With what ``engine_args`` say of where the engine is: they win, and others must find it there."""
+    host = given(wanted.args, "--host") or ""
+    return msgspec.structs.replace(
+        wanted,
+        host=wanted.host if not host or is_wildcard(host) else host,
+        bind=host or wanted.bind,
+        port=_number(wanted, "--port", wanted.port),
+        bootstrap_port=_number(wanted, _BOOTSTRAP, wanted.bootstrap_port),
+        api_key=given(wanted.args, "--api-key") or wanted.api_key,
+    )
+
+
+def _number(wanted: Wanted, flag: str, otherwise: int) -> int:
+    text = given(wanted.args, flag)
+    if text is None:
+        return otherwise
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise ConfigError(f"the engine_args of {wanted.id} say {flag} {text or 'without a number'}: write a port")
+    return int(text)
+
+
 def check(wanted: Wanted) -> None:
     """Raises ConfigError for settings that contradict each other, or ask for what is not safe."""
-    listens = _given(wanted.args, "--host") or wanted.bind or wanted.host
-    if listens in WILDCARDS and not wanted.i_know:
+    short = next((f"{word}: write {flag}" for word in wanted.args if (flag := _abbreviates(word))), "")
+    if short:
+        raise ConfigError(f"the engine_args of {wanted.id} hold {short}, which disagg must be able to read")
+    listens = given(wanted.args, "--host") or wanted.bind or wanted.host
+    if is_wildcard(listens) and not wanted.i_know:
         raise ConfigError(
             f"the engine {wanted.id} would listen on every address ({listens or 'empty'}): its bootstrap and transfer ports ask nobody who"
             " they are, so bind it to the cluster's address, or say engine.i_know = true"
         )
-    if wanted.kv_events and wanted.page_size < MIN_EVENT_PAGE:
+    page = given(wanted.args, "--page-size") or str(wanted.page_size)
+    if wanted.kv_events and page.isdecimal() and int(page) < MIN_EVENT_PAGE:
         raise ConfigError(
-            f"engine.page_size = {wanted.page_size} is too small for KV events: write {MIN_EVENT_PAGE} or more, or engine.kv_events = false"
+            f"engine.page_size = {page} is too small for KV events: write {MIN_EVENT_PAGE} or more, or engine.kv_events = false"
         )
     if wanted.gpus and wanted.tp_size > len(wanted.gpus) * wanted.nodes:
         raise ConfigError(
@@ -204,6 +234,34 @@ def check(wanted: Wanted) -> None:
     if wanted.node_rank >= wanted.nodes:
         ranks = f"{wanted.nodes} hosts have the ranks 0 to {wanted.nodes - 1}" if wanted.nodes > 1 else "an engine on one host has rank 0"
         raise ConfigError(f"engine.node_rank = {wanted.node_rank} is not allowed: {ranks}")
+
+
+_OURS = frozenset(
+    {"--host", "--port", "--disaggregation-bootstrap-port", "--disaggregation-mode", "--api-key", "--model-path", "--nnodes", "--node-rank"}
+)
+"""What disagg must know of an engine. It reads them out of ``engine_args``, too, but only where they are written in full."""
+_SHORTEST = 5
+
+
+def _abbreviates(word: str) -> str:
+    """The flag of `_OURS` of which this is a beginning: SGLang's parser takes that for the flag. Empty for none."""
+    name = word.partition("=")[0]
+    if len(name) < _SHORTEST or name in _OURS or not name.startswith("--"):
+        return ""
+    return next((flag for flag in sorted(_OURS) if flag.startswith(name) and name != "--model"), "")
+
+
+def is_wildcard(address: str) -> bool:
+    """Whether who binds there listens on every address, in any of the ways to write that."""
+    bare = address.strip().removeprefix("[").removesuffix("]")
+    if bare in {"", "*"} or _ZEROS.fullmatch(bare.lower()):
+        return True
+    try:
+        found = ipaddress.ip_address(bare)
+    except ValueError:
+        return False
+    mapped = getattr(found, "ipv4_mapped", None)
+    return found.is_unspecified or (mapped is not None and mapped.is_unspecified)
 
 
 def _settings(wanted: Wanted, known: Release) -> tuple[str, ...]:
@@ -239,7 +297,7 @@ def _several_hosts(wanted: Wanted) -> tuple[str, ...]:
 def _roles(wanted: Wanted, known: Release) -> tuple[str, ...]:
     if wanted.role is Role.UNIFIED:
         return ()
-    cached = known.decode_cache and _given(wanted.args, "--disable-radix-cache") is None
+    cached = known.decode_cache and not any(_demands(wanted.args, *flag) for flag in _NO_DECODE_CACHE)
     return (
         *("--disaggregation-mode", MODES[wanted.role], "--disaggregation-transfer-backend", wanted.backend.partition("-")[0]),
         *_flag("--disaggregation-ib-device", wanted.ib_device),
@@ -252,10 +310,18 @@ def _roles(wanted: Wanted, known: Release) -> tuple[str, ...]:
 def can_switch(wanted: Wanted, known: Release) -> bool:
     """Whether the engine is started so that its role can be switched while it runs."""
     asked = wanted.role_switch and known.role_switch and wanted.role is not Role.UNIFIED and wanted.nodes == 1
-    return asked and wanted.backend in _SWITCHABLE_BACKENDS and not any(_demands(wanted.args, *flag) for flag in _NOT_SWITCHABLE)
+    backend = given(wanted.args, "--disaggregation-transfer-backend") or wanted.backend
+    return asked and backend in _SWITCHABLE_BACKENDS and not any(_demands(wanted.args, *flag) for flag in _NOT_SWITCHABLE)
 
 
-_SWITCHABLE_BACKENDS = frozenset({"mooncake", "mooncake-tcp", "mori"})
+_SWITCHABLE_BACKENDS = frozenset({"mooncake", "mooncake-tcp", "mooncake_tcp", "mori"})
+_NO_DECODE_CACHE: tuple[tuple[str, str], ...] = (
+    ("--disable-radix-cache", ""),
+    ("--enable-hisparse", ""),
+    ("--speculative-algorithm", ""),
+    ("--disaggregation-decode-allocation-policy", "early"),
+)
+"""With these a decode engine refuses a prefix cache, or may."""
 _NOT_SWITCHABLE: tuple[tuple[str, str], ...] = (
     ("--ep-size", "1"),
     ("--ep", "1"),
@@ -275,12 +341,12 @@ _NOT_SWITCHABLE: tuple[tuple[str, str], ...] = (
 
 
 def _demands(args: Sequence[str], flag: str, harmless: str) -> bool:
-    value = _given(args, flag)
+    value = given(args, flag)
     return value is not None and (not harmless or value != harmless)
 
 
-def _given(args: Sequence[str], flag: str) -> str | None:
-    """The last value of a flag in these arguments; empty for one without a value, None where it does not stand there."""
+def given(args: Sequence[str], flag: str) -> str | None:
+    """The last value of a flag in an engine's arguments; empty for one without a value, None where it does not stand there."""
     found = None
     for i, word in enumerate(args):
         name, equals, value = word.partition("=")
@@ -292,8 +358,8 @@ def _given(args: Sequence[str], flag: str) -> str | None:
 
 def _kv_source(wanted: Wanted, known: Release) -> KvSource | None:
     """Over Unix sockets: the events hold the prompts' tokens, and only this user may read there."""
-    ranks = _given(wanted.args, "--dp-size") or _given(wanted.args, "--dp") or _given(wanted.args, "--data-parallel-size") or "1"
-    taken = _given(wanted.args, "--kv-events-config") is not None
+    ranks = given(wanted.args, "--dp-size") or given(wanted.args, "--dp") or given(wanted.args, "--data-parallel-size") or "1"
+    taken = given(wanted.args, "--kv-events-config") is not None
     if not wanted.kv_events or not known.kv_events or ranks != "1" or taken or wanted.node_rank:
         return None  # a Unix socket has no number that SGLang could add a data-parallel rank to
     return KvSource(f"ipc://{wanted.sockets / 'kv'}", f"ipc://{wanted.sockets / 'kv-replay'}")

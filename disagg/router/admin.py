@@ -142,7 +142,8 @@ class _Doings:
         engine = request.match_info["id"]
         beware = self._orders.beware(engine)
         number = self._orders.flip(engine, body.role, body.cause)
-        will = f"{engine} drains, switches live to {body.role}, answers one canary request and is back in service; else it is started anew"
+        will = f"{engine} drains, switches live to {body.role}, answers canaries if a partner is there, and is back in service;"
+        will += " else it is started anew"
         will += beware
         return _json({"will": will, "why": body.cause, "change": number}, status=202)
 

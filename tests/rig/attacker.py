@@ -22,7 +22,7 @@ import uvloop
 import zmq
 
 from disagg.cluster.transport import ControlServer
-from disagg.life import raise_file_limit
+from disagg.life import set_limits
 from disagg.observe.log import make_logger
 from disagg.security.keys import KeyPair, make_key
 from disagg.wire.codec import encode
@@ -117,7 +117,7 @@ async def sink() -> None:
 
 def main() -> None:
     """Plays the part that is asked for."""
-    raise_file_limit()
+    set_limits()
     match sys.argv[1:]:
         case ["flood", port, rate]:
             flood(int(port), float(rate), msgspec.json.decode(sys.stdin.buffer.readline(), type=Keys))

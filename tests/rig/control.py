@@ -25,7 +25,7 @@ from typing import Any, Self
 import httpx2
 import msgspec
 
-from disagg.life import raise_file_limit
+from disagg.life import set_limits
 from disagg.model import Role
 from disagg.security.keys import KeyPair
 from tests.rig.bench import pick_cores, say
@@ -507,7 +507,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main() -> None:
     """Measures and prints a table; 1 when a target is missed."""
     options = parse(sys.argv[1:])
-    raise_file_limit()
+    set_limits()
     measures = {"steady": steady, "silence": silence, "engines": engines, "calm": calm, "flood": flood}
     rows: list[Row] = []
     try:

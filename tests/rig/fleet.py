@@ -11,7 +11,7 @@ import sys
 import msgspec
 import uvloop
 
-from disagg.life import raise_file_limit
+from disagg.life import set_limits
 from disagg.model import Role
 from disagg.security.keys import KeyPair
 from tests.rig.hosts import StubKeeper, running, simulated_agent, stub_engine_server
@@ -62,7 +62,7 @@ async def play(plan: Plan) -> None:
 
 def main() -> None:
     """Reads the plan and plays it."""
-    raise_file_limit()
+    set_limits()
     plan = msgspec.json.decode(sys.stdin.buffer.readline(), type=Plan)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(play(plan))

@@ -100,7 +100,7 @@ class RouterProcess:
 
     def launch(self) -> float:
         """Starts it, does not wait; returns the wall-clock time of the start."""
-        command = [sys.executable, *self._profiler, "-m", "disagg", "serve", "--role", "router"]
+        command = [sys.executable, *self._profiler, str(Path(__file__).with_name("router.py")), "serve", "--role", "router"]
         command += ["--log-format", "json", "--state-dir", str(self.root)]
         for flag, port in (("--http", self.http), ("--admin", self.admin), ("--control", self.control)):
             command += [flag, f"127.0.0.1:{port}"]
