@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from disagg.config import Config
+from disagg.config import Config, EngineSection
 from disagg.engines import sglang
 from disagg.engines.base import EngineLaunch
 from disagg.engines.folder import model_hash
@@ -33,6 +33,11 @@ EMBEDDED_KV_TOKENS, EMBEDDED_REQUESTS, EMBEDDED_CHUNK = 16384, 64, 512
 FIRST_PORT, PORTS = 20000, 10000
 """Below the range from which the kernel gives ports to connections: an engine binds its own only when it has loaded its model."""
 VERSION_LIMIT_S = 30.0
+_SGLANG_ONLY = (
+    *("sglang_python", "device", "dtype", "tp_size", "nodes", "node_rank", "dist_address", "mem_fraction", "transfer_backend", "ib_device"),
+    *("kv_events", "role_switch", "bind", "i_know"),
+)
+"""What would do nothing for another engine."""
 SOCKET_PATH_LIMIT = 100
 
 
@@ -105,8 +110,13 @@ class Launches:
         section = self._config.engine
         if section.engine == "sglang":
             sglang.check(self._wanted(spec, spec.role))
-        elif section.nodes > 1 or section.tp_size > 1:
-            raise ConfigError("engine.nodes and engine.tp_size are for SGLang: the embedded engine runs in one process")
+            return
+        for name in _SGLANG_ONLY:
+            value = getattr(section, name)
+            if value != getattr(EngineSection(), name):
+                raise ConfigError(
+                    f'engine.{name} = {value!r} is for SGLang, and the engine is {section.engine}: set engine.engine = "sglang"'
+                )
 
     # --- embedded
 

@@ -498,14 +498,27 @@ def test_engines_of_up_end_with_it(tmp_path: Path) -> None:
 
 def test_check_takes_what_can_work(tmp_path: Path) -> None:
     made(tmp_path, sglang_python="/not/even/there").check(spec())  # only settings: the host may still get its SGLang
-    made(tmp_path, engine="embedded").check(spec())
+    Launches(Config(), HERE, tmp_path, is_child=False).check(spec())
 
 
-@pytest.mark.parametrize("section", [{"nodes": 2}, {"tp_size": 2}])
-def test_check_keeps_the_embedded_engine_to_one_process(tmp_path: Path, section: dict[str, Any]) -> None:
-    assert sentence(ConfigError, made(tmp_path, engine="embedded", **section).check, spec()) == (
-        "engine.nodes and engine.tp_size are for SGLang: the embedded engine runs in one process"
+@pytest.mark.parametrize("section", [{"nodes": 2}, {"tp_size": 2}, {"device": "cuda"}, {"kv_events": False}, {"i_know": True}])
+def test_what_would_do_nothing_for_the_embedded_engine_is_refused(tmp_path: Path, section: dict[str, Any]) -> None:
+    config = Config(engine=EngineSection(**section))
+    ((name, value),) = section.items()
+    assert sentence(ConfigError, Launches(config, HERE, tmp_path, is_child=False).check, spec()) == (
+        f'engine.{name} = {value!r} is for SGLang, and the engine is embedded: set engine.engine = "sglang"'
     )
+
+
+@pytest.mark.parametrize("more", [{"gpus": (0,)}, {"ib_device": "mlx5_0"}, {"numa": (0,)}])
+def test_a_host_whose_entry_names_gpus_does_not_fall_back_to_its_cpu(
+    tmp_path: Path, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "find_device", lambda device, _: "cpu")
+    said = sentence(StartError, made(tmp_path, device="auto").of, spec(**more), Role.PREFILL)
+    assert "this host shows no GPU in /dev: check the driver with nvidia-smi" in said
+    assert made(tmp_path, device="cpu").of(spec(**more), Role.PREFILL)
+    assert made(tmp_path, device="auto").of(spec(), Role.PREFILL)
 
 
 def test_check_says_what_cannot_work_on_any_host(tmp_path: Path) -> None:
