@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,21 @@ class Cluster:
             time.sleep(0.05)
         raise RuntimeError(f"`disagg up` was not ready in {START_LIMIT_S} s: {self.log.read_text()}")
 
+    def wait_proved(self) -> None:
+        """Until no canary is under way any more: a test that looks at an engine's load sees its own requests alone."""
+        until = time.monotonic() + START_LIMIT_S
+        while time.monotonic() < until:
+            engines = self.engines()
+            counts = Counter(e["role"] for e in engines if e["state"] == "ready")
+            if counts.total() == len(engines) and self._tried() >= counts["prefill"] * counts["decode"] + counts["unified"]:
+                return
+            time.sleep(0.05)
+        raise RuntimeError(f"canaries are not answered: {self.log.read_text()}")
+
+    def _tried(self) -> float:
+        lines = httpx2.get(self.admin + "/metrics").text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("disagg_canaries_total{"))
+
     def engines(self, role: str | None = None) -> list[dict[str, Any]]:
         """The engines as the admin listener shows them."""
         shown: list[dict[str, Any]] = httpx2.get(self.admin + "/admin/cluster").json()["engines"]
@@ -75,6 +91,7 @@ def running_cluster(*flags: str, wait: bool = True) -> Iterator[Cluster]:
         try:
             if wait:
                 cluster.wait_ready()
+                cluster.wait_proved()
             yield cluster
         finally:
             cluster.stop()
