@@ -54,7 +54,7 @@ def test_a_flip_says_what_it_does_and_the_engine_keeps_its_process(pair: Site) -
     before = pair.wait_engine("d2", "ready")
     done = pair.run("flip", "d2", "prefill", "--cause", "more prompts than answers")
     assert done.returncode == 0, done.stderr
-    for word in ("more prompts than answers", "switched from decode to prefill", "canary", "back in service as prefill"):
+    for word in ("more prompts than answers", "switched from decode to prefill", "canaries", "back in service as prefill"):
         assert word in done.stdout
     after = pair.wait_engine("d2", "ready")
     assert (after["role"], after["pid"]) == ("prefill", before["pid"])
