@@ -18,6 +18,7 @@ SWAPS = 25
 SWAP_LIMIT_S = 60.0
 PROMPTS = [text_of(length, 900 + length) for length in (5, 33, 130)]
 BETWEEN_S = 0.15
+RETRIES = 3
 
 
 class Load(threading.Thread):
@@ -30,6 +31,8 @@ class Load(threading.Thread):
         self._ended = threading.Event()
         self.served: dict[str, int] = {}
         self.wrong: list[str] = []
+        self.shed = 0
+        self._seen: dict[str, int] = {}
 
     def run(self) -> None:
         number = 0
@@ -37,7 +40,7 @@ class Load(threading.Thread):
             while not self._ended.wait(BETWEEN_S):
                 number += 1
                 which = number % len(PROMPTS)
-                answer = client.post(self._url, json=body(which))
+                answer = self._ask(client, which)
                 if answer.status_code != 200:
                     self.wrong.append(f"{answer.status_code}: {answer.text[:200]}")
                 elif answer.json()["output_ids"] != self._right[which]:
@@ -45,6 +48,21 @@ class Load(threading.Thread):
                 else:
                     decode = answer.headers["x-disagg-decode"]
                     self.served[decode] = self.served.get(decode, 0) + 1
+
+    def _ask(self, client: httpx2.Client, which: int) -> httpx2.Response:
+        """As the official client does: a 503 that says when to come again is no lost request. Three engines starve two cores at times."""
+        for _ in range(RETRIES):
+            answer = client.post(self._url, json=body(which))
+            if answer.status_code != 503:
+                break
+            self.shed += 1
+            time.sleep(float(answer.headers["Retry-After"]))
+        return answer
+
+    def serves(self, decode: str) -> bool:
+        """It has had an answer of the pair with this decode engine since the last time that this was asked for."""
+        seen, self._seen[decode] = self._seen.get(decode, 0), self.served.get(decode, 0)
+        return self._seen[decode] > seen
 
     def end(self) -> None:
         self._ended.set()
@@ -79,6 +97,9 @@ def swaps(cluster: Cluster) -> tuple[list[dict[str, Any]], Load, dict[str, int]]
             for number in numbers:
                 wait_for(partial(ended, cluster, number), partial(story, cluster, number), SWAP_LIMIT_S)
                 changes.append(cluster.change(number))
+            decode = next(name for name in roles if cluster.engine(name)["role"] == "decode")
+            load.serves(decode)
+            wait_for(partial(load.serves, decode), f"no answer came over {decode}", SWAP_LIMIT_S)
     finally:
         load.end()
     return changes, load, pids
@@ -95,6 +116,7 @@ def test_every_flip_was_live(cluster: Cluster, swaps: Any) -> None:
 def test_no_request_was_lost_and_every_answer_was_right(swaps: Any) -> None:
     _, load, _ = swaps
     assert load.wrong == []
+    assert load.shed <= 5
     assert sum(load.served.values()) > 50
 
 

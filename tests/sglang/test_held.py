@@ -100,7 +100,8 @@ def test_a_pair_that_answers_wrong_is_quarantined_and_named(cluster: Cluster, br
     wait_for(lambda: bool(cluster.cluster()["quarantined"]), lambda: str(cluster.cluster()))
     (bad,) = cluster.cluster()["quarantined"]
     assert (bad["prefill"], bad["decode"]) == ("p", "odd")
-    assert "which u gave" in bad["reason"]
+    assert "token" in bad["reason"]
+    assert "instead of" in bad["reason"]
     assert "p with odd" in cluster.run("status").stdout
 
 
