@@ -491,7 +491,7 @@ class Controller:
         if not view.host:
             raise OrderError(f"{engine} was given by URL and has no agent that could change it", status=409)
         host = self._hosts.get(view.host)
-        if host is None or host.state is not HostState.ONLINE:
+        if host is None or host.state not in {HostState.ONLINE, HostState.SUSPECT}:
             raise OrderError(f"the host {view.host} of {engine} cannot be reached: {host.reason if host else 'it is gone'}", status=409)
         if view.id in self._running:
             raise OrderError(f"{engine} is being changed already: {self._running[view.id][0].outcome}", status=409)

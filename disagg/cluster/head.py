@@ -56,6 +56,8 @@ from disagg.wire.messages import (
     Welcome,
 )
 
+SUSPECT_PATIENCE_S = 3.0
+SUSPECT_POLL_S = 0.05
 ORDER_LIMIT_S = {"switch": 70.0, "restart": 10.0, "drain": 3.0, "undrain": 3.0}
 REFUSAL_SHOWN_S = 60.0
 
@@ -229,7 +231,7 @@ class Head:
 
     def _publish(self, view: HostView) -> None:
         self._controller.tell(view.id, "host changed", host=view.id, state=view.state.value, reason=view.reason)
-        if view.state is not HostState.ONLINE:
+        if view.state not in _MAY_ANSWER:  # who was merely not heard for a second goes on with what it was told
             self._void_orders(view.id, f"its host is {view.state}: {view.reason}")
         gone = view.state is HostState.LEFT and not self._members.engines_stay(view.id)
         self._controller.host_changed(view, engines_gone=gone)
@@ -241,6 +243,7 @@ class Head:
 
     async def order(self, host: HostId, engine: EngineId, action: str, role: Role | None, cause: str) -> tuple[bool, str]:
         """Tells a host's agent to do something; what it answered, or why there is no answer."""
+        await self._back(host)
         session = self._members.session(host)
         if session is None or self._members.state(host) is not HostState.ONLINE:
             return False, f"the host {host} cannot be reached"
@@ -257,6 +260,12 @@ class Head:
         finally:
             del self._orders[number]
         return found.ok, found.sentence[:500]
+
+    async def _back(self, host: HostId) -> None:
+        """Waits a moment for a host that was not heard for a second: on a busy machine that happens, and a flip is half done."""
+        until = self._loop.time() + SUSPECT_PATIENCE_S
+        while self._members.state(host) is HostState.SUSPECT and self._loop.time() < until:  # noqa: ASYNC110  # its end is seldom waited for
+            await asyncio.sleep(SUSPECT_POLL_S)
 
     def _answered(self, host: HostId, answer: Answer) -> None:
         asked, waiter = self._orders.get(answer.order, (None, None))
@@ -313,3 +322,6 @@ class Head:
 
     def __repr__(self) -> str:
         return f"<Head {self._members!r} orders={len(self._orders)}>"
+
+
+_MAY_ANSWER = frozenset({HostState.ONLINE, HostState.SUSPECT})
