@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import aiohttp
 import httpx2
 import pytest
 
+from tests import canaries
 from tests.ports import free_port
 
 START_LIMIT_S = 40.0
@@ -49,16 +49,10 @@ class Cluster:
         """Until no canary is under way any more: a test that looks at an engine's load sees its own requests alone."""
         until = time.monotonic() + START_LIMIT_S
         while time.monotonic() < until:
-            engines = self.engines()
-            counts = Counter(e["role"] for e in engines if e["state"] == "ready")
-            if counts.total() == len(engines) and self._tried() >= counts["prefill"] * counts["decode"] + counts["unified"]:
+            if canaries.are_over(self.admin):
                 return
             time.sleep(0.05)
         raise RuntimeError(f"canaries are not answered: {self.log.read_text()}")
-
-    def _tried(self) -> float:
-        lines = httpx2.get(self.admin + "/metrics").text.splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("disagg_canaries_total{"))
 
     def engines(self, role: str | None = None) -> list[dict[str, Any]]:
         """The engines as the admin listener shows them."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from tests import canaries
 from tests.serve.conftest import Site, is_engine, wait_for
 
 pytestmark = pytest.mark.slow
@@ -83,6 +84,7 @@ def test_a_drained_engine_gets_nothing_new_and_finishes_what_runs(site: Site) ->
     site.start_host("d2", "decode", *slow)
     for name in ("p", "d", "d2"):
         site.wait_engine(name, "ready")
+    wait_for(lambda: canaries.are_over(site.admin), "canaries are not over")
     fields = {"stream": True, "max_tokens": 40, "ignore_eos": True, "temperature": 0, "messages": [{"role": "user", "content": "go on"}]}
     with httpx2.stream("POST", site.url + "/v1/chat/completions", json={"model": "demo", **fields}, timeout=30) as stream:
         used = stream.headers["x-disagg-decode"]
