@@ -93,6 +93,7 @@ class EngineFacts(msgspec.Struct, frozen=True):
 
     Attributes:
         part: which part of an engine over several hosts; only part 0 serves requests.
+        stream_token_ids: its streams of the OpenAI endpoints carry ``token_ids`` where ``return_token_ids`` is asked for.
     """
 
     model: str = ""
@@ -104,6 +105,7 @@ class EngineFacts(msgspec.Struct, frozen=True):
     dtype: str = ""
     tp_size: int = 0
     part: int = 0
+    stream_token_ids: bool = False
 
     def why_not_paired_with(self, other: EngineFacts) -> str:
         """What keeps two engines of one model from exchanging KV pages; empty when nothing does.

@@ -129,6 +129,7 @@ def read_facts(models: Mapping[str, Any], info: Mapping[str, Any]) -> tuple[Engi
         version=str(info.get("version") or ""),
         dtype=_precision(info),
         tp_size=_whole(info.get("tp_size")),
+        stream_token_ids=info.get("stream_token_ids") is True,
     )
     return facts, str(mode)
 

@@ -23,6 +23,8 @@ from disagg.errors import ConfigError
         ("early-end@token:3,garbage@token:4", Faults(early_end=Point("token", 3), garbage=Point("token", 4))),
         ("refuse:503,late-write,ignore-abort,lie-health", Faults(None, None, None, None, None, None, 1.0, 503, *[True] * 3)),
         ("refuse-switch", Faults(refuse_switch=True)),
+        ("stall@head,leak", Faults(stall=Point("head"), leak=True)),
+        ("stall@token:3", Faults(stall=Point("token", 3))),
     ],
 )
 def test_faults_are_read(spec: str, expected: Faults) -> None:
@@ -33,7 +35,9 @@ def test_faults_are_read(spec: str, expected: Faults) -> None:
     ("spec", "sentence"),
     [
         ("dye@token:3", "'dye@token:3' is not known"),
-        ("stall@token:3", "'stall@token:3' is not known"),
+        ("stall@prefill:3%", "'stall@prefill:3%' is not known"),
+        ("stall@head:3", "head takes no number"),
+        ("stall@head,stall@token:3", "stall is given twice"),
         ("die@token", "needs a number, as in token:12"),
         ("die@accept:3", "accept takes no number"),
         ("die@prefill:50", "prefill takes 0% to 100%"),

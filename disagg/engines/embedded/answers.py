@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -175,6 +175,14 @@ def prompt_logprobs(generation: Generation) -> list[InputLogprob]:
     return [InputLogprob(int(generation.ask.prompt[0]), None, []), *found] if first == 0 else found
 
 
+class _New(NamedTuple):
+    """What has come since the last event. ``ids`` are kept only if the client wants them."""
+
+    text: str
+    ids: list[int]
+    sampled: list[Sampled]
+
+
 class _OpenAIShape:
     late_head = True
     kind = ""
@@ -184,7 +192,7 @@ class _OpenAIShape:
         self._batch = batch
         self._tokenizer = tokenizer
         self._base = {"id": batch.rid, "created": created, "model": model}
-        self._shown: dict[int, tuple[int, int]] = {}
+        self._shown: dict[int, tuple[int, int, int]] = {}  # characters, tokens and logprobs of each generation
 
     def whole(self, generations: Sequence[Generation]) -> bytes:
         choices = [self._choice(generation) for generation in generations]
@@ -202,10 +210,15 @@ class _OpenAIShape:
     def _chunk(self, choice: dict[str, Any]) -> bytes:
         return event({**self._base, "object": self.chunk_kind, "choices": [choice], "usage": None})
 
-    def _new(self, generation: Generation) -> tuple[str, list[Sampled]]:
-        characters, tokens = self._shown.get(generation.index, (0, 0))
-        self._shown[generation.index] = len(generation.text), len(generation.sampled)
-        return generation.text[characters:], generation.sampled[tokens:]
+    def _new(self, generation: Generation) -> _New:
+        characters, tokens, logprobs = self._shown.get(generation.index, (0, 0, 0))
+        self._shown[generation.index] = len(generation.text), len(generation.ids), len(generation.sampled)
+        ids = generation.ids[tokens:] if self._batch.token_ids else []
+        return _New(generation.text[characters:], ids, generation.sampled[logprobs:])
+
+    def _ids(self, ids: Sequence[int]) -> dict[str, Any]:
+        """A choice's ``token_ids``, if the client wants them: also of tokens whose text is held back or not shown at all."""
+        return {"token_ids": ids} if self._batch.token_ids else {}
 
     def _choice(self, generation: Generation) -> dict[str, Any]:
         raise NotImplementedError
@@ -231,10 +244,11 @@ class ChatShape(_OpenAIShape):
 
     def piece(self, generation: Generation) -> bytes:
         """New text, if any, and the end, if it is there: one event each."""
-        text, sampled = self._new(generation)
+        new = self._new(generation)
         made = b""
-        if text or sampled:
-            made = self._chunk(_delta(generation.index, {"content": text}, self._logprobs(generation, sampled)))
+        if any(new):
+            delta = _delta(generation.index, {"content": new.text}, self._logprobs(generation, new.sampled))
+            made = self._chunk(delta | self._ids(new.ids))
         if generation.finish is not None:
             made += self._chunk(_delta(generation.index, {}, None) | _ending(generation))
         return made
@@ -250,6 +264,7 @@ class ChatShape(_OpenAIShape):
             },
             "logprobs": self._logprobs(generation, generation.sampled),
             **_ending(generation),
+            **self._ids(generation.ids),
         }
 
     def _logprobs(self, generation: Generation, sampled: Sequence[Sampled]) -> dict[str, Any] | None:
@@ -299,11 +314,12 @@ class CompletionShape(_OpenAIShape):
 
     def piece(self, generation: Generation) -> bytes:
         """One event with what is new."""
-        text, sampled = self._new(generation)
-        if not text and not sampled and generation.finish is None:
+        new = self._new(generation)
+        if not any(new) and generation.finish is None:
             return b""
-        logprobs = self._logprobs(generation, sampled, with_prompt=False)
-        return self._chunk({"index": generation.index, "text": text, "logprobs": logprobs, **_ending(generation)})
+        logprobs = self._logprobs(generation, new.sampled, with_prompt=False)
+        choice = {"index": generation.index, "text": new.text, "logprobs": logprobs, **_ending(generation)}
+        return self._chunk(choice | self._ids(new.ids))
 
     def _choice(self, generation: Generation) -> dict[str, Any]:
         prompt = self._prompt(generation) if self._batch.echo else ""
@@ -313,6 +329,7 @@ class CompletionShape(_OpenAIShape):
             "text": prompt + generation.text,
             "logprobs": logprobs,
             **_ending(generation),
+            **self._ids(generation.ids),
         }
 
     def _prompt(self, generation: Generation) -> str:

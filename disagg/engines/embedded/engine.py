@@ -159,6 +159,7 @@ class Engine:
             page_size=settings.page_size,
             max_running=settings.max_running_requests,
             chunk_tokens=settings.chunked_prefill_size,
+            leaks=lambda: self.faults.leak,
         )
         self._model = model
         self._generations: dict[str, Generation] = {}  # by job key
@@ -262,6 +263,7 @@ class Engine:
             vocab_size=self.config.vocab_size,
             generator=self._generator,
             eos_ids=self.config.eos_ids,
+            start=len(ask.prompt),
             top_logprobs=ask.top_logprobs,
         )
         self.scheduler.add(job, now=now)

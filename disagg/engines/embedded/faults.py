@@ -6,7 +6,9 @@
     die@WHERE       SIGKILL to oneself               WHERE: accept        a request was read
     hang@WHERE      steps stop, HTTP goes on                prefill:50%   so much of a prompt is computed
     stall@transfer:BYTES     prefill sends no more          transfer:BYTES  so many KV bytes were sent or received
-    corrupt@transfer:BYTES   one page's sum is wrong        token:N       N tokens of an answer went out
+    stall@head      the answer's head is sent, no more      token:N       N tokens of an answer went out
+    stall@token:N   no more of the answer is sent; its connection stays open, steps and other requests go on
+    corrupt@transfer:BYTES   one page's sum is wrong
     garbage@token:N          what follows is no JSON
     early-end@token:N        the answer ends without an end
     slow:xK         steps last K times as long
@@ -14,6 +16,7 @@
     late-write      prefill goes on writing after CANCEL, then says STOPPED
     ignore-abort    /abort_request answers 200 and does nothing
     lie-health      /health, /ready and /health_generate always answer 200
+    leak            pages of requests that end are never free again, nor those in quarantine
     refuse-switch   /pd_role_switch answers 400 with safe_to_restore false, as after a switch that broke; the role stays
 
 Only for tests and chaos. An engine that hangs does not hear /abort_request and does not answer /pd_role_switch: its scheduler would
@@ -30,15 +33,17 @@ from disagg.errors import ConfigError
 PLACES = {
     "die": ("accept", "prefill", "transfer", "token"),
     "hang": ("accept", "prefill", "transfer", "token"),
-    "stall": ("transfer",),
+    "stall": ("transfer", "head", "token"),
     "corrupt": ("transfer",),
     "garbage": ("token",),
     "early-end": ("token",),
 }
-SWITCHES = ("late-write", "ignore-abort", "lie-health", "refuse-switch")
+SWITCHES = ("late-write", "ignore-abort", "lie-health", "leak", "refuse-switch")
+BARE_PLACES = ("accept", "head")
+"""Places without a number."""
 GRAMMAR = "'none', or a list of die@accept, die@prefill:50%, die@transfer:65536, die@token:12 (hang likewise), \
-stall@transfer:N, corrupt@transfer:N, garbage@token:N, early-end@token:N, slow:x5, refuse:503, late-write, ignore-abort, \
-lie-health, refuse-switch"
+stall@transfer:N, stall@head, stall@token:N, corrupt@transfer:N, garbage@token:N, early-end@token:N, slow:x5, refuse:503, \
+late-write, ignore-abort, lie-health, leak, refuse-switch"
 
 _AT = re.compile(r"([a-z-]+)@([a-z]+)(?::(\d{1,12})(%?))?")
 _SLOW = re.compile(r"slow:x(\d{1,4}(?:\.\d{1,3})?)")
@@ -46,7 +51,7 @@ _REFUSE = re.compile(r"refuse:(\d{3})")
 
 
 class Point(NamedTuple):
-    """Where a fault strikes: ``amount`` is a percentage, bytes or tokens, as ``place`` says; 0 for ``accept``."""
+    """Where a fault strikes: ``amount`` is a percentage, bytes or tokens, as ``place`` says; 0 for ``accept`` and ``head``."""
 
     place: str
     amount: int = 0
@@ -66,6 +71,7 @@ class Faults(NamedTuple):
     late_write: bool = False
     ignore_abort: bool = False
     lie_health: bool = False
+    leak: bool = False
     refuse_switch: bool = False
 
     def strikes(self, name: str, place: str, amount: float = 0) -> bool:
@@ -105,9 +111,9 @@ def _parse_word(word: str) -> tuple[str, object]:
 
 
 def _point(place: str, digits: str | None, percent: str, word: str) -> Point:
-    if place == "accept":
+    if place in BARE_PLACES:
         if digits is not None:
-            raise ConfigError(f"--faults: {word!r}: accept takes no number")
+            raise ConfigError(f"--faults: {word!r}: {place} takes no number")
         return Point(place)
     if digits is None:
         raise ConfigError(f"--faults: {word!r} needs a number, as in {place}:{'50%' if place == 'prefill' else '12'}")

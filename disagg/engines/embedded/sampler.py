@@ -158,6 +158,8 @@ class Sampler:
         eos_ids: together with ``stop_token_ids``, what must not come before ``min_new_tokens``.
         generator: where draws of a request without a seed come from.
         generated: tokens that were generated before: on a decode engine, the one that prefill made.
+        start: tokens of the prompt. Seeded draws count places from the start of the sequence and not of the answer, as SGLang's do: an
+            answer that is cut and asked for again, with what came of it at the end of the prompt, goes on as if it had not been cut.
         top_logprobs: how many alternatives to report; None computes no logprobs at all.
     """
 
@@ -169,11 +171,13 @@ class Sampler:
         generator: np.random.Generator,
         eos_ids: Iterable[int] = (),
         generated: Sequence[int] = (),
+        start: int = 0,
         top_logprobs: int | None = 0,
     ) -> None:
         self._params = params
         self._generator = generator
         self._top_logprobs = top_logprobs
+        self._start = start
         self._position = 0
         self._counts: dict[int, int] = {}
         self._ends = np.array(sorted({*eos_ids, *params.stop_token_ids}), np.intp)
@@ -252,10 +256,10 @@ class Sampler:
         return int(tokens[min(at, len(tokens) - 1)])
 
     def _uniform(self) -> float:
-        """In [0, 1). With a seed it depends on (seed, position) only, so a request may continue on another engine."""
+        """In [0, 1). With a seed it depends on (seed, place in the sequence) only, so a request may continue on another engine."""
         if self._params.seed is None:
             return float(self._generator.random())
-        return float(np.random.default_rng([self._params.seed % 2**64, self._position]).random())
+        return float(np.random.default_rng([self._params.seed % 2**64, self._start + self._position]).random())
 
     def _describe(self, logits: Floats, token: int) -> Sampled:
         if self._top_logprobs is None:

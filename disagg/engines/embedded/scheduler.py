@@ -189,6 +189,7 @@ class Scheduler(Generic[Sampled]):
         max_running: jobs that hold pages at a time.
         chunk_tokens: prompt tokens of one step.
         reserve_tokens: tokens of the answer that admission takes pages for.
+        leaks: the fault of that name: whether a job that ends now keeps its pages for ever.
     """
 
     def __init__(
@@ -200,6 +201,7 @@ class Scheduler(Generic[Sampled]):
         max_running: int = 64,
         chunk_tokens: int = 512,
         reserve_tokens: int = 512,
+        leaks: Callable[[], bool] = lambda: False,
     ) -> None:
         self.pool = pool
         self.cache = cache
@@ -210,6 +212,8 @@ class Scheduler(Generic[Sampled]):
         self._max_running = max_running
         self._chunk_tokens = chunk_tokens
         self._reserve_tokens = reserve_tokens
+        self._leaks = leaks
+        self._leaked: set[int] = set()
         self._queue: deque[Job] = deque()
         self._running: list[Job] = []  # admitted, oldest first: PREFILLING, RECEIVING, DECODING
         self._handing_over: list[Job] = []
@@ -263,7 +267,8 @@ class Scheduler(Generic[Sampled]):
 
     def writer_done(self, rid: str) -> None:
         """Nobody writes into the pages of this DECODE job from outside any more."""
-        self.pool.acquit(rid)
+        if not self._leaks():
+            self.pool.acquit(rid)
 
     # --- steps ---
 
@@ -303,7 +308,7 @@ class Scheduler(Generic[Sampled]):
         for row, chosen in zip(rows, sampled, strict=True):
             job = row.job
             if job.phase is Phase.DONE:
-                self._release(job)
+                self._give_back(job)
                 continue
             job.computed = row.end
             if job.leg is Leg.PREFILL:
@@ -430,8 +435,15 @@ class Scheduler(Generic[Sampled]):
             self.pool.quarantine(job.pages, job.rid)
             job.pages = []
         elif not any(row.job is job for row in self._in_flight):
-            self._release(job)
+            self._give_back(job)
         return Finished(job)
+
+    def _give_back(self, job: Job) -> None:
+        """The job is over and no step uses its pages."""
+        if self._leaks():
+            self._leaked.update(job.pages)
+        else:
+            self._release(job)
 
     def _release(self, job: Job) -> None:
         if self.cache is not None:
@@ -482,7 +494,7 @@ class Scheduler(Generic[Sampled]):
         assert len(self._running) <= self._max_running
         ending = {id(row.job): row.job for row in self._in_flight if row.job.phase is Phase.DONE}
         holders = [*self._running, *self._handing_over, *ending.values()]
-        assert len({page for job in holders for page in job.pages}) == self.pool.held
+        assert len({page for job in holders for page in job.pages} | self._leaked) == self.pool.held
         for job in holders:
             assert job.computed <= min(job.length, len(job.pages) * self._page_size)
 

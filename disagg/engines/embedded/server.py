@@ -33,6 +33,7 @@ MAX_BODY_BYTES = 16 * 1024 * 1024
 STUCK_AFTER_S = 5.0
 PROBE_TIMEOUT_S = 5.0
 GARBAGE = b'data: {"choices": [{"delta\xff\xfe\n\n'
+STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8"}
 OPEN_PATHS = frozenset({"/health", "/ready", "/health_generate", "/metrics"})
 
 log = logging.getLogger("disagg.embedded")
@@ -74,6 +75,9 @@ class Server:
             ("POST", "/v1/completions", self._completions),
             ("POST", "/v1/chat/completions", self._chat),
             ("POST", "/v1/tokenize", self._tokenize),
+            ("POST", "/tokenize", self._tokenize),
+            ("POST", "/v1/detokenize", self._detokenize),
+            ("POST", "/detokenize", self._detokenize),
             ("GET", "/v1/models", self._models),
             ("GET", "/v1/loads", self._loads),
             ("GET", "/health", self._health),
@@ -154,6 +158,10 @@ class Server:
         inbox = Inbox()
         generations = self.engine.submit(batch.asks, inbox)
         try:
+            if self.engine.faults.strikes("stall", "head"):
+                head = web.StreamResponse(headers=STREAM_HEADERS if batch.stream else {"Content-Type": "application/json"})
+                await head.prepare(request)
+                await _for_ever()
             if batch.stream:
                 return await self._stream(request, shape, generations, inbox)
             return await self._whole(request, shape, generations, inbox)
@@ -167,14 +175,14 @@ class Server:
             for index in await inbox.take():
                 if failure := _failure(generations[index]):
                     return _refusal(request, *failure)
-                if self._cut(generations[index], "early_end"):
+                if await self._breaks_off(generations[index]):
                     _hang_up(request)
         garbled = any(self._cut(generation, "garbage") for generation in generations)
         body = GARBAGE if garbled else shape.whole(generations)
         return web.Response(body=body, content_type="application/json")
 
     async def _stream(self, request: web.Request, shape: Shape, generations: Sequence[Generation], inbox: Inbox) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        response = web.StreamResponse(headers=STREAM_HEADERS)
         if not shape.late_head:
             await response.prepare(request)
         alive = set(range(len(generations)))
@@ -184,7 +192,7 @@ class Server:
                 failure = _failure(generations[index])
                 if failure is not None:
                     return await self._fail_stream(request, response, shape, b"".join(pieces), failure)
-                if self._cut(generations[index], "early_end"):
+                if await self._breaks_off(generations[index]):
                     return response
                 garbled = self._cut(generations[index], "garbage")
                 pieces.append(GARBAGE if garbled else shape.piece(generations[index]))
@@ -211,6 +219,12 @@ class Server:
         await response.write(before + answers.event(error if "error" in error else {"error": error}) + answers.DONE)
         return response
 
+    async def _breaks_off(self, generation: Generation) -> bool:
+        """Whether the answer ends here, by a fault. Does not return where it stalls: only its client can end that, by leaving."""
+        if self._cut(generation, "stall"):
+            await _for_ever()
+        return self._cut(generation, "early_end")
+
     def _cut(self, generation: Generation, fault: str) -> bool:
         # A fault "at token N" lets N tokens out first, so it strikes when there are more.
         return self.engine.faults.strikes(fault, "token", len(generation.ids) - 1)
@@ -219,19 +233,13 @@ class Server:
 
     async def _tokenize(self, request: web.Request) -> web.StreamResponse:
         body = shapes.decode(await request.read(), shapes.TokenizeBody)
-        tokenizer = self.engine.tokenizer
-        if (body.prompt is None) == (body.messages is None):
-            raise RequestError("exactly one of prompt and messages is needed", param="prompt")
-        if body.messages is not None:
-            tokens: Any = shapes.chat_prompt(tokenizer, body.messages, body.tools, None, body.chat_template_kwargs)
-        elif isinstance(body.prompt, str):
-            tokens = tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
-        else:
-            prompts = body.prompt or []
-            tokens = [tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens) for prompt in prompts]
-        several = isinstance(body.prompt, list)
-        count = [len(one) for one in tokens] if several else len(tokens)
+        tokens = shapes.read_tokenize(body, self.engine.tokenizer)
+        count = [len(one) for one in tokens if isinstance(one, list)] if isinstance(body.prompt, list) else len(tokens)
         return _json({"tokens": tokens, "count": count, "max_model_len": self._bounds.context_length})
+
+    async def _detokenize(self, request: web.Request) -> web.StreamResponse:
+        body = shapes.decode(await request.read(), shapes.DetokenizeBody)
+        return _json({"text": shapes.read_detokenize(body, self.engine.tokenizer, self._bounds)})
 
     async def _models(self, _request: web.Request) -> web.StreamResponse:
         card = {
@@ -330,6 +338,7 @@ class Server:
                 "disaggregation_decode_enable_radix_cache": settings.decode_cache,
                 "enable_pd_role_switch": settings.role_switch,
                 "dtype": self.engine.profile.dtype,
+                "stream_token_ids": True,
                 "tp_size": 1,
                 "dp_size": 1,
                 "engine": "embedded",
@@ -356,7 +365,7 @@ class Server:
         if self.draining:
             raise NoCapacityError("the engine is stopping")
         if self.engine.hung and self.engine.settings.role_switch:
-            await asyncio.get_running_loop().create_future()  # as with a real engine: the scheduler would have to answer
+            await _for_ever()  # as with a real engine: the scheduler would have to answer
         answer = self.engine.switch_role(body)
         log.info("switch from %s to %.32s: %s", answer.old_role, answer.new_role, answer.message)
         return _json(answer._asdict(), status=200 if answer.success else 400)
@@ -396,6 +405,10 @@ def _failure(generation: Generation) -> tuple[str, int] | None:
 def _refusal(request: web.Request, sentence: str, status: int) -> web.Response:
     body = answers.generate_error(sentence, status) if request.path == "/generate" else answers.v1_error(sentence, status)
     return _json(body, status=status)
+
+
+async def _for_ever() -> None:
+    await asyncio.get_running_loop().create_future()
 
 
 def _hang_up(request: web.Request) -> None:

@@ -53,6 +53,7 @@ class Batch(NamedTuple):
         single: the client sent one prompt and wants one object back, not a list.
         n: samples per prompt.
         echo: the prompt is part of the answer's text.
+        token_ids: choices carry their token ids.
     """
 
     asks: list[Ask]
@@ -62,6 +63,7 @@ class Batch(NamedTuple):
     n: int = 1
     echo: bool = False
     include_usage: bool = False
+    token_ids: bool = False
     model: str = ""
 
 
@@ -111,6 +113,7 @@ class _OpenAI(_Bootstrap):
     no_stop_trim: bool | None = None
     skip_special_tokens: bool | None = None
     logit_bias: dict[str, float] | None = None
+    return_token_ids: bool | None = None
     response_format: dict[str, Any] | None = None
     json_schema: Any = None
     regex: Any = None
@@ -159,17 +162,34 @@ class ChatBody(_OpenAI):
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
     chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
 
 
 class TokenizeBody(msgspec.Struct):
-    """POST /v1/tokenize."""
+    """POST /v1/tokenize. A chat's body reads as its prompt.
+
+    Attributes:
+        add_special_tokens: true where it is not said, but not for messages, whose template writes them.
+        add_generation_prompt: of messages; true where it is not said.
+    """
 
     model: str | None = None
     prompt: str | list[str] | None = None
     messages: list[Any] | None = None
     tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
     chat_template_kwargs: dict[str, Any] | None = None
-    add_special_tokens: bool = True
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+
+
+class DetokenizeBody(msgspec.Struct):
+    """POST /v1/detokenize."""
+
+    tokens: list[Any]
+    model: str | None = None
+    skip_special_tokens: bool = True
 
 
 class AbortBody(msgspec.Struct):
@@ -261,7 +281,7 @@ def read_chat(body: ChatBody, tokenizer: Tokenizer, bounds: Bounds) -> Batch:
     if prompt is None:
         if body.messages is None:
             raise RequestError("messages is missing", param="messages")
-        prompt = chat_prompt(tokenizer, body.messages, body.tools, body.tool_choice, body.chat_template_kwargs)
+        prompt = chat_prompt(tokenizer, body)
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     params = body.params(REST_OF_CONTEXT if asked is None else asked)
     if body.top_logprobs is not None and not body.logprobs:
@@ -270,22 +290,83 @@ def read_chat(body: ChatBody, tokenizer: Tokenizer, bounds: Bounds) -> Batch:
     return _openai_batch(body, asks, params.n)
 
 
-def chat_prompt(
-    tokenizer: Tokenizer,
-    messages: Sequence[Any],
-    tools: Sequence[dict[str, Any]] | None = None,
-    tool_choice: Any = None,
-    kwargs: dict[str, Any] | None = None,
-) -> list[int]:
-    """The ids of a conversation; tools are shown to the model unless the client chose ``none``."""
-    shown = tools if tool_choice != "none" else None
-    text = tokenizer.render_chat(messages, tools=shown, chat_template_kwargs=kwargs)
-    return tokenizer.encode(text, add_special_tokens=False)
+def chat_prompt(tokenizer: Tokenizer, body: ChatBody | TokenizeBody) -> list[int]:
+    """The ids of a conversation; tools are shown to the model unless the client chose ``none``.
+
+    With ``continue_final_message`` the ids of an assistant's last words stand behind the beginning of its turn, as with SGLang.
+
+    Raises:
+        RequestError: the messages cannot be rendered.
+    """
+    opened, special = True, False
+    if isinstance(body, TokenizeBody) and body.add_generation_prompt is not None:
+        opened, special = body.add_generation_prompt, bool(body.add_special_tokens)
+    messages, begun = list(body.messages or ()), ""
+    if body.continue_final_message:
+        if not opened:
+            raise RequestError("continue_final_message needs add_generation_prompt: true", param="add_generation_prompt")
+        messages, begun = _begun(messages)
+    text = tokenizer.render_chat(
+        messages,
+        tools=body.tools if body.tool_choice != "none" else None,
+        add_generation_prompt=opened,
+        chat_template_kwargs=body.chat_template_kwargs,
+    )
+    return tokenizer.encode(text, add_special_tokens=special) + tokenizer.encode(begun, add_special_tokens=False)
+
+
+def _begun(messages: list[Any]) -> tuple[list[Any], str]:
+    """The messages without an assistant's last words, and those; a message in parts stays, as with SGLang."""
+    last = messages[-1] if messages else None
+    if isinstance(last, dict) and last.get("role") == "assistant" and isinstance(last.get("content"), str):
+        return messages[:-1], last["content"]
+    return messages, ""
+
+
+def read_tokenize(body: TokenizeBody, tokenizer: Tokenizer) -> list[int] | list[list[int]]:
+    """The ids of a conversation or of a text, or of each of several texts.
+
+    Raises:
+        RequestError: it has none of them or more than one, or one that cannot be read.
+    """
+    if (body.prompt is None) == (body.messages is None):
+        raise RequestError("exactly one of prompt and messages is needed", param="prompt")
+    special = body.add_special_tokens is not False
+    if body.messages is not None:
+        return chat_prompt(tokenizer, body)
+    if isinstance(body.prompt, str):
+        return tokenizer.encode(body.prompt, add_special_tokens=special)
+    return [tokenizer.encode(prompt, add_special_tokens=special) for prompt in body.prompt or ()]
+
+
+def read_detokenize(body: DetokenizeBody, tokenizer: Tokenizer, bounds: Bounds) -> str | list[str]:
+    """The text of a list of ids, or of each of several lists.
+
+    Raises:
+        RequestError: tokens is no such list, or an id is not of this model.
+    """
+    several = bool(body.tokens) and all(isinstance(one, list) for one in body.tokens)
+    lists = body.tokens if several else [body.tokens]
+    if not all(_is_id(token, bounds) for one in lists for token in one):
+        raise RequestError(
+            f"tokens must be a list of integers from 0 to {bounds.vocab_size - 1}, or a list of such lists",
+            param="tokens",
+        )
+    texts = [tokenizer.decode(one, skip_special=body.skip_special_tokens) for one in lists]
+    return texts if several else texts[0]
 
 
 def _openai_batch(body: _OpenAI, asks: list[Ask], n: int, *, echo: bool = False) -> Batch:
-    usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-    return Batch(asks, _first_rid(asks), bool(body.stream), n=n, echo=echo, include_usage=usage, model=body.model or "")
+    return Batch(
+        asks,
+        _first_rid(asks),
+        bool(body.stream),
+        n=n,
+        echo=echo,
+        include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
+        token_ids=bool(body.return_token_ids),
+        model=body.model or "",
+    )
 
 
 def _first_rid(asks: Sequence[Ask]) -> str:
@@ -325,9 +406,13 @@ def _token_ids(prompt: list[int], bounds: Bounds) -> NDArray[np.int32]:
             param="prompt",
             code="context_length_exceeded",
         )
-    if not all(type(token) is int and 0 <= token < bounds.vocab_size for token in prompt):
+    if not all(_is_id(token, bounds) for token in prompt):
         raise RequestError(f"token ids must be integers from 0 to {bounds.vocab_size - 1}", param="input_ids")
     return np.array(prompt, np.int32)
+
+
+def _is_id(token: Any, bounds: Bounds) -> bool:
+    return type(token) is int and 0 <= token < bounds.vocab_size
 
 
 def _fitted(params: SamplingParams, prompt_tokens: int, bounds: Bounds) -> SamplingParams:

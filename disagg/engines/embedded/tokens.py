@@ -327,11 +327,15 @@ class IncrementalDecoder:
     text depends on its left neighbour; there the known method of two offsets is used: decode from a little before, and
     emit what came on top, unless that ends in an unfinished character.
 
+    A prompt may end inside a character: when an answer was cut there and is asked for again. The text then begins with
+    the whole character, which these ids complete. (SGLang leaves that character out: what it decodes of the prompt
+    alone holds one U+FFFD in its place, and it counts characters.)
+
     Args:
         tokenizer: what made the ids.
         skip_special: leave special tokens out.
         prompt_tail: the last few ids of the prompt, so that the first word keeps its leading space in sentencepiece
-            tokenizers. Without meaning for byte-level ones.
+            tokenizers, and that a character which begins in the prompt is known.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, prompt_tail: Sequence[int] = ()) -> None:
@@ -340,17 +344,25 @@ class IncrementalDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._ids = list(prompt_tail)
         self._shown = len(self._ids)  # ids whose text is out; those before serve as the left neighbour
+        self._dangling = b""
+        self._broken = ""
+        if tokenizer.byte_level:
+            self._utf8.decode(b"".join(map(self._bytes_of, prompt_tail)))
+            self._dangling = self._utf8.getstate()[0]
+            self._utf8.reset()
+        else:
+            self._step_back()
 
     def feed(self, ids: Iterable[int]) -> str:
         """Text that these ids complete; "" while a character is unfinished."""
         if self._tokenizer.byte_level:
-            return "".join(self._utf8.decode(self._bytes_of(token)) for token in ids)
+            return "".join(self._utf8.decode(self._begun(self._bytes_of(token))) for token in ids)
         self._ids.extend(ids)
         text = self._pending()
         if not text or text.endswith(REPLACEMENT):
             return ""  # unfinished; or special tokens left out, which are no left neighbour
         self._advance()
-        return text
+        return self._own(text)
 
     def flush(self) -> str:
         """What is left at the end; bytes that never became a character as U+FFFD."""
@@ -358,7 +370,32 @@ class IncrementalDecoder:
             return self._utf8.decode(b"", final=True)
         text = self._pending()
         self._advance()
-        return text
+        return self._own(text)
+
+    def _begun(self, content: bytes) -> bytes:
+        """An answer's first bytes with those of the prompt before them, if both are of one character."""
+        if not content or not self._dangling:
+            return content
+        before, self._dangling = self._dangling, b""
+        try:
+            codecs.getincrementaldecoder("utf-8")().decode(before + content[:1])
+        except UnicodeDecodeError:
+            return content  # the prompt's character stays broken, and belongs to the prompt
+        return before + content
+
+    def _step_back(self) -> None:
+        """Count the bytes of an unfinished character at the prompt's end as not shown; ``_broken`` is what they look like until then."""
+        whole = self._shown
+        while whole and self._tokenizer.decode(self._ids[:whole], skip_special=self._skip_special).endswith(REPLACEMENT):
+            whole -= 1
+        if whole:  # else there is nothing but broken bytes, and no way to tell whose they are
+            self._shown = whole
+            self._broken = self._pending()
+
+    def _own(self, text: str) -> str:
+        """The text without the prompt's broken bytes, where no character came of them."""
+        broken, self._broken = self._broken, ""
+        return text.removeprefix(broken)
 
     def _bytes_of(self, token: int) -> bytes:
         if self._skip_special and self._tokenizer.is_special(token):
