@@ -21,6 +21,7 @@ from disagg import __version__
 from disagg.cluster.agent import Agent, Identity
 from disagg.cluster.keeper import AttachedKeeper, EngineKeeper, Keeper
 from disagg.cluster.prober import Prober
+from disagg.cluster.transport import ControlClient
 from disagg.config import Config, EngineEntry, parse_attach, parse_join
 from disagg.engines.base import Launcher
 from disagg.engines.process import ChildLauncher, UnitLauncher
@@ -90,8 +91,24 @@ class Host:
 
 
 @contextlib.asynccontextmanager
-async def host_running(config: Config, plan: HostPlan, log: structlog.typing.FilteringBoundLogger) -> AsyncIterator[Host]:
+async def host_running(
+    config: Config,
+    plan: HostPlan,
+    log: structlog.typing.FilteringBoundLogger,
+    *,
+    connect: type[ControlClient] = ControlClient,
+    prober: Prober | None = None,
+    launcher: Launcher | None = None,
+) -> AsyncIterator[Host]:
     """Runs a host as long as the context is open; the engines that it started end with the context, unless they were let go.
+
+    Args:
+        config: the sections cluster, engine and security count.
+        plan: what the config means for this machine.
+        log: where events go.
+        connect: makes the connection to the router; this and the next two are for simulations.
+        prober: asks engines; None for one that asks over HTTP.
+        launcher: starts engines; None for what the config says.
 
     Raises:
         StartError: it cannot start, or the router refuses it.
@@ -104,16 +121,16 @@ async def host_running(config: Config, plan: HostPlan, log: structlog.typing.Fil
             only_one(folder, f"another agent runs on this machine under the name {plan.name}: stop it, or give this one another --name")
         )
         identity = _identity(folder, plan, key)
-        prober = Prober(PROBE_PATIENCE_S)
+        prober = prober or Prober(PROBE_PATIENCE_S)
         stack.push_async_callback(prober.close)
-        parts = _Parts(config, plan, prober, log)
+        parts = _Parts(config, plan, prober, launcher, log)
         keepers = [parts.keeper(spec) for spec in plan.engines]
         router_key = identity.router_key
 
         async def remember() -> None:
             await asyncio.to_thread(write_private, folder / "router", msgspec.json.encode(_Membership(router_key)))
 
-        agent = Agent(*plan.join, identity=identity, keepers=keepers, on_registered=remember, log=log)
+        agent = Agent(*plan.join, identity=identity, keepers=keepers, on_registered=remember, log=log, connect=connect)
         parts.agent = agent
         group = await stack.enter_async_context(owned_tasks())
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -197,13 +214,15 @@ def _next_incarnation(folder: Path) -> int:
 class _Parts:
     """Makes the keepers of a host."""
 
-    def __init__(self, config: Config, plan: HostPlan, prober: Prober, log: structlog.typing.FilteringBoundLogger) -> None:
+    def __init__(
+        self, config: Config, plan: HostPlan, prober: Prober, launcher: Launcher | None, log: structlog.typing.FilteringBoundLogger
+    ) -> None:
         self.agent: Agent | None = None
         self._config = config
         self._plan = plan
         self._prober = prober
         self._log = log
-        self._launcher: Launcher = UnitLauncher() if config.engine.supervise == "systemd" else ChildLauncher()
+        self._launcher = launcher or (UnitLauncher() if config.engine.supervise == "systemd" else ChildLauncher())
         self._launches = Launches(
             config, plan.advertise, plan.root / "engines", is_child=plan.is_child, warn=lambda note: log.warning("engine", note=note)
         )

@@ -21,6 +21,7 @@ from disagg.cluster.change import Limits as ChangeLimits
 from disagg.cluster.controller import CHANGES_KEPT, Controller
 from disagg.cluster.examiner import Examiner
 from disagg.cluster.head import Head
+from disagg.cluster.prober import Prober
 from disagg.cluster.registrar import Registrar
 from disagg.cluster.transport import ControlServer
 from disagg.config import Config, RouterSection, SecuritySection, engine_addresses, parse_listen
@@ -67,6 +68,7 @@ class Router:
         control: ControlServer | None,
         root: Path | None,
         relay: Relay,
+        wall_now: Callable[[], float],
     ) -> None:
         self.config = config
         self.controller = controller
@@ -75,12 +77,13 @@ class Router:
         self.control = control
         self._root = root
         self._relay = relay
+        self._wall = wall_now
 
     def make_token(self, roles: Sequence[Role]) -> Token:
         """A token with which one host may join within a minute."""
         assert self._root is not None, "this router has no control plane"
         key = load_key(router_key_path(self._root))
-        return TokenStore(router_tokens_path(self._root)).create(roles, 60, now_wall=wall(), router_key=key.public)
+        return TokenStore(router_tokens_path(self._root)).create(roles, 60, now_wall=self._wall(), router_key=key.public)
 
     async def drain(self, stop: Stop) -> None:
         """Takes no new requests and waits for the running ones, at most ``drain_timeout_s``, or until the second signal."""
@@ -105,6 +108,11 @@ async def router_running(
     root: Path | None = None,
     say: Say = print,
     canaries: bool = True,
+    clock: Callable[[], float] = time.monotonic,
+    wall_clock: Callable[[], float] | None = None,
+    entropy: Callable[[int], bytes] = os.urandom,
+    control_server: type[ControlServer] = ControlServer,
+    prober: Prober | None = None,
 ) -> AsyncIterator[Router]:
     """Runs a router as long as the context is open.
 
@@ -115,12 +123,18 @@ async def router_running(
         root: the state directory; None for a router that no host can join.
         say: tells people what was made.
         canaries: pairs are tried with fixed prompts; not for engines that are none.
+        clock: monotonic seconds; this and the rest are for simulations, which bring their own time, chance and wires.
+        wall_clock: seconds since 1970; None for `wall`.
+        entropy: returns that many random bytes, for ids.
+        control_server: where hosts join.
+        prober: asks engines; None for one that asks over HTTP.
 
     Raises:
         StartError: an address to listen on is not free, or the state cannot be read.
     """
     loop = asyncio.get_running_loop()
     section = config.router
+    wall_now = wall_clock or wall
     async with contextlib.AsyncExitStack() as stack:
         group = await stack.enter_async_context(owned_tasks())
 
@@ -135,9 +149,10 @@ async def router_running(
             change_limits=ChangeLimits(drain_s=config.cluster.drain_timeout_s),
             may_join=root is not None,
             log=log,
+            prober=prober,
         )
         metrics = RouterMetrics(lambda: controller.view)
-        ids = Ids()
+        ids = Ids(entropy)
         relay = Relay(
             view=lambda: controller.view,
             limits=_limits(config),
@@ -147,7 +162,7 @@ async def router_running(
             spawn=spawn,
             on_refused=controller.refused,
             loop=loop,
-            clock=time.monotonic,
+            clock=clock,
         )
         stack.callback(relay.close)
         listener = PublicListener(
@@ -156,10 +171,10 @@ async def router_running(
             metrics=metrics,
             ids=ids,
             body_limit=section.body_limit_mib * 1024 * 1024,
-            started_at=int(wall()),
+            started_at=int(wall_now()),
             log=log,
         )
-        head, control = _control_plane(stack, config, controller, root, spawn, ids, log, say)
+        head, control = _control_plane(stack, config, controller, root, spawn, ids, log, say, wall_now, control_server)
         examiner = Examiner(
             view=lambda: controller.view, ask=relay.ask, spawn=spawn, new_salt=ids.request_id, on_judged=controller.judged, log=log
         )
@@ -176,7 +191,7 @@ async def router_running(
         await _listen_public(stack, config, listener)
         group.create_task(controller.run(), name="controller")
         relay.start()
-        yield Router(config, controller, listener, metrics, control, root, relay)
+        yield Router(config, controller, listener, metrics, control, root, relay, wall_now)
 
 
 def _control_plane(
@@ -188,11 +203,13 @@ def _control_plane(
     ids: Ids,
     log: structlog.typing.FilteringBoundLogger,
     say: Say,
+    wall_now: Callable[[], float],
+    control_server: type[ControlServer],
 ) -> tuple[Head | None, ControlServer | None]:
     if root is None:
         return None, None
     try:
-        registrar, control = _control_socket(stack, config, root, log, say)
+        registrar, control = _control_socket(stack, config, root, log, say, wall_now, control_server)
     except StartError as error:
         if config.router.control != RouterSection().control or not engine_addresses(config.router):
             raise
@@ -215,15 +232,21 @@ def _control_plane(
 
 
 def _control_socket(
-    stack: contextlib.AsyncExitStack, config: Config, root: Path, log: structlog.typing.FilteringBoundLogger, say: Say
+    stack: contextlib.AsyncExitStack,
+    config: Config,
+    root: Path,
+    log: structlog.typing.FilteringBoundLogger,
+    say: Say,
+    wall_now: Callable[[], float],
+    control_server: type[ControlServer],
 ) -> tuple[Registrar, ControlServer]:
     """Raises StartError: the state cannot be used, or another router uses it, or the address is not free."""
     otherwise = f"another router runs with the state directory {root}: stop it, or give another --state-dir"
     stack.enter_context(only_one(root / "router", otherwise))
     key = _router_key(config, root, say)
-    registrar = Registrar(root, wall=wall, log=log)
+    registrar = Registrar(root, wall=wall_now, log=log)
     host, port = parse_listen("router.control", config.router.control)
-    return registrar, ControlServer(host, port, key=key, allows=registrar.allows, log=log)
+    return registrar, control_server(host, port, key=key, allows=registrar.allows, log=log)
 
 
 def _router_key(config: Config, root: Path, say: Say) -> KeyPair:

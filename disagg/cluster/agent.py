@@ -107,6 +107,7 @@ class Agent:
         identity: who this host is.
         keepers: its engines.
         on_registered: called once when the router took the host's own key; remembers it on disk.
+        connect: makes the connection to the router.
 
     Attributes:
         joined: set while the link stands.
@@ -122,8 +123,10 @@ class Agent:
         keepers: Sequence[Keeper],
         on_registered: Callable[[], Coroutine[Any, Any, None]],
         log: structlog.typing.FilteringBoundLogger,
+        connect: type[ControlClient] = ControlClient,
     ) -> None:
         self._host, self._port = host, port
+        self._connect = connect
         self._identity = identity
         self._keepers = {keeper.id: keeper for keeper in keepers}
         self._on_registered = on_registered
@@ -269,7 +272,7 @@ class Agent:
             self._stir.set()
 
         try:
-            self._client = ControlClient(
+            self._client = self._connect(
                 self._host,
                 self._port,
                 key=key,

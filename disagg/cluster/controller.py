@@ -115,6 +115,7 @@ class Controller:
         spawn: runs a coroutine as a named task that somebody owns.
         change_limits: of drains, switches and restarts.
         may_join: hosts can join as well.
+        prober: asks engines; None for one that asks over HTTP.
 
     Attributes:
         view: the current view; replaced whole, never changed.
@@ -133,10 +134,11 @@ class Controller:
         log: structlog.typing.FilteringBoundLogger,
         change_limits: Limits | None = None,
         may_join: bool = False,
+        prober: Prober | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._log = log
-        self._prober = Prober(probe_timeout_s)
+        self._prober = prober or Prober(probe_timeout_s)
         self._spawn = spawn
         self._interval_s = probe_interval_s
         self._change_limits = change_limits or Limits()

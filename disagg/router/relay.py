@@ -126,7 +126,7 @@ class Relay:
         self._spawn = spawn
         self._on_refused = on_refused
         self._upstreams: dict[EngineId, Upstream] = {}
-        self._live: set[Attempt] = set()
+        self._live: dict[Attempt, None] = {}  # in the order of their beginning: a set's would differ from run to run
         self._aborts: dict[UpstreamConnection, float] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._expected_at = 0.0
@@ -225,7 +225,7 @@ class Relay:
         attempt = Attempt(self, choice, job.rids(), handoff, prefill, self._upstream(choice.decode))
         job.attempts += 1
         job.record.trail.append((choice, attempt.rids, handoff))
-        self._live.add(attempt)
+        self._live[attempt] = None
         return attempt
 
     def _upstream(self, engine: Any) -> Upstream:
@@ -412,7 +412,7 @@ class Relay:
 
     def settled(self, attempt: Attempt) -> None:
         """No engine works for this attempt any more."""
-        self._live.discard(attempt)
+        self._live.pop(attempt, None)
         self.metrics.handoffs[attempt.handoff.state] += 1
 
     def abort_rids(self, upstream: Upstream, rids: Sequence[str]) -> None:

@@ -282,7 +282,7 @@ class Upstream:
         self._loop = loop
         self._heads: dict[str, bytes] = {}
         self._idle: list[UpstreamConnection] = []
-        self._open: set[UpstreamConnection] = set()
+        self._open: dict[UpstreamConnection, None] = {}  # in the order of their making
 
     def request(self, path: str, *body: bytes) -> bytes:
         """The bytes of a POST."""
@@ -324,7 +324,7 @@ class Upstream:
         except OSError as error:
             raise EngineError(f"the engine {address.id} at {address.url} refused the connection") from error
         if not connection.closed:
-            self._open.add(connection)
+            self._open[connection] = None
         return connection
 
     def soon(self, call: Callable[..., object], *args: object) -> None:
@@ -338,7 +338,7 @@ class Upstream:
 
     def forget(self, connection: UpstreamConnection) -> None:
         """The connection is gone."""
-        self._open.discard(connection)
+        self._open.pop(connection, None)
         if connection in self._idle:
             self._idle.remove(connection)
 
