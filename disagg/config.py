@@ -52,6 +52,7 @@ class RouterSection(msgspec.Struct, frozen=True):
     decode: Annotated[tuple[str, ...], _doc("A decode engine that runs already: URL. Repeatable.")] = ()
     unified: Annotated[tuple[str, ...], _doc("A unified engine that runs already: URL. Repeatable.")] = ()
     body_limit_mib: Annotated[int, _doc("Largest request body; more is a 413.", ge=1, le=1024)] = 16
+    queue_timeout_s: Annotated[_Seconds, _doc("How long a request waits for engines before it is refused.")] = 10.0
     connect_timeout_s: Annotated[_Seconds, _doc("How long connecting to an engine may take.")] = 2.0
     first_token_timeout_s: Annotated[_Seconds, _doc("How long a stream may take to begin.")] = 60.0
     whole_answer_timeout_s: Annotated[_Seconds, _doc("How long an answer that is no stream may take to be complete.")] = 600.0

@@ -255,6 +255,22 @@ class ClusterView(msgspec.Struct, frozen=True):
             engines = tuple(lone.get(e.id, e) for e in engines)
         return cls(engines, pools, tuple(hosts), may_join, bad, proving)
 
+    def may_serve(self, model: str) -> bool:
+        """True when engines for this model are there, whatever they do at the moment: it is worth waiting for them.
+
+        Args:
+            model: empty means the only one there is.
+        """
+        roles = {e.address.role for e in self._of(model)}
+        return Role.UNIFIED in roles or {Role.PREFILL, Role.DECODE} <= roles
+
+    def may_pair(self, model: str) -> bool:
+        """True when a pair may come to serve this model."""
+        return any(e.address.role is not Role.UNIFIED for e in self._of(model))
+
+    def _of(self, model: str) -> Iterable[EngineView]:
+        return (e for e in self.engines if e.state is not EngineState.HELD and (not model or e.facts.model in {"", model}))
+
     def why_not_ready(self) -> str:
         """One sentence that says what is missing before a request can be served; empty when nothing is."""
         if any(pool.can_serve for pool in self.pools.values()):

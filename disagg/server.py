@@ -36,6 +36,7 @@ from disagg.observe.log import make_logger
 from disagg.observe.metrics import RouterMetrics
 from disagg.router.admin import admin_app, no_control_plane
 from disagg.router.app import PublicListener
+from disagg.router.owner import Owner
 from disagg.router.relay import Relay
 from disagg.security.keys import KeyPair, load_given_key, load_key, load_or_make_key, publish_key
 from disagg.security.state import router_key_path, router_public_path, router_tokens_path, state_root
@@ -165,8 +166,11 @@ async def router_running(
             clock=clock,
         )
         stack.callback(relay.close)
+        owner = Owner(relay=relay, view=lambda: controller.view, metrics=metrics, queue_s=section.queue_timeout_s, log=log)
+        controller.on_view = owner.changed
         listener = PublicListener(
             relay=relay,
+            owner=owner,
             view=lambda: controller.view,
             metrics=metrics,
             ids=ids,

@@ -164,6 +164,7 @@ class Controller:
         self._control: Hosts | None = None
         self._wake = asyncio.Event()
         self.on_beat: Callable[[float, float], None] | None = None
+        self.on_view: Callable[[], None] | None = None
         self.examiner: Examiner | None = None
         self.view = self._make_view()
 
@@ -364,6 +365,8 @@ class Controller:
     def _publish(self) -> None:
         self._stale_at = None
         self.view = self._make_view()
+        if self.on_view is not None:
+            self.on_view()
         for is_so, waiter in self._waiting:
             if not waiter.done() and is_so():
                 waiter.set_result(None)

@@ -72,6 +72,7 @@ class RouterMetrics(Collector):
         self.requests: Counter[tuple[str, str]] = Counter()
         self.handoffs: Counter[str] = Counter()
         self.replays: Counter[str] = Counter()
+        self.resumes: Counter[str] = Counter()
         self.shed: Counter[str] = Counter()
         self.inflight = 0
         self.ttft = Histogram(_LATENCY_S)
@@ -92,6 +93,7 @@ class RouterMetrics(Collector):
         yield self.itl.family("disagg_itl_seconds", "Time between two events of a stream.")
         yield _counter("disagg_handoffs", "Attempts by how they ended.", ["outcome"], _by_one(self.handoffs))
         yield _counter("disagg_replays", "Attempts made again, by reason.", ["reason"], _by_one(self.replays))
+        yield _counter("disagg_resumes", "Broken streams, by whether they went on elsewhere.", ["outcome"], _by_one(self.resumes))
         yield _counter("disagg_canaries", "Tries of pairs with fixed prompts, by how they ended.", ["outcome"], _by_one(self.canaries))
         bad = len(self._view().quarantined)
         yield GaugeMetricFamily("disagg_quarantined_pairs", "Pairs that are not used, because they answer wrong.", value=bad)

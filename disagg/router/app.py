@@ -22,14 +22,14 @@ from disagg.errors import BodyTooLargeError, ClientGoneError, DeadlineError, Dis
 from disagg.ids import Ids
 from disagg.model import ClusterView
 from disagg.observe.metrics import RouterMetrics
-from disagg.router.attempt import Attempt
 from disagg.router.client import Client
 from disagg.router.compose import Composition
-from disagg.router.journal import Journal
-from disagg.router.legs import StreamLeg, WholeLeg
+from disagg.router.legs import WholeLeg
 from disagg.router.merge import sample_bodies
 from disagg.router.openai import ClientRequest, Route, error_body, error_event, error_object, models_body, parse_request
+from disagg.router.owner import Owner
 from disagg.router.relay import Job, Record, Relay
+from disagg.router.stream import Stream
 
 BODY_TIMEOUT_S = 30.0
 KEEPALIVE_S = 75.0
@@ -50,6 +50,7 @@ class PublicListener:
         self,
         *,
         relay: Relay,
+        owner: Owner,
         view: Callable[[], ClusterView],
         metrics: RouterMetrics,
         ids: Ids,
@@ -59,6 +60,7 @@ class PublicListener:
     ) -> None:
         self.draining = False
         self._relay = relay
+        self._owner = owner
         self._view = view
         self._metrics = metrics
         self._ids = ids
@@ -135,32 +137,28 @@ class PublicListener:
         deadline_at = self._deadline(http, record.started_at)
         request = parse_request(route, await self._body(http, client))
         record.model = request.model
-        relay = self._relay
-        bodies = sample_bodies(request) if request.samples > 1 and relay.may_pair(request) else [request.rest]
+        owner = self._owner
+        owner.check(request)
+        split = request.samples > 1 and (request.stream or owner.may_pair(request))
+        bodies = sample_bodies(request) if split else [request.rest]
         jobs = [Job(request, body, sample, deadline_at, record) for sample, body in enumerate(bodies)]
         if len(bodies) > 1 or request.merge_logprobs:
-            await Composition(relay, request, client, jobs).answer()
+            await Composition(owner, self._metrics, request, client, jobs).answer()
         elif request.stream:
             await self._serve_stream(request, jobs[0], client)
         else:
             await self._serve_whole(jobs[0], client)
 
     async def _serve_stream(self, request: ClientRequest, job: Job, client: Client) -> None:
-        journals: list[Journal] = []
-
-        def leg(attempt: Attempt, number: int) -> StreamLeg:
-            journals.append(Journal(request.route, self._metrics.itl.observe))
-            return StreamLeg(attempt, client, journals[-1], number)
-
+        stream = Stream(request, job.rest, self._metrics.itl.observe)
         try:
-            attempt = await self._relay.run(job, leg, client)
-            self._metrics.ttft.observe(attempt.first_token_at - job.record.started_at)
+            await self._owner.run(job, lambda attempt, number: stream.leg(attempt, number, client), client, stream)
+            self._metrics.ttft.observe(stream.first_token_at - job.record.started_at)
         finally:
-            for journal in journals:
-                journal.fold()
+            stream.journal.fold()
 
     async def _serve_whole(self, job: Job, client: Client) -> None:
-        attempt = await self._relay.run(job, lambda attempt, _number: WholeLeg(attempt), client)
+        attempt = await self._owner.run(job, lambda attempt, _number: WholeLeg(attempt), client)
         leg = attempt.decode_leg
         assert isinstance(leg, WholeLeg)
         client.send_whole(200, leg.body, choice=attempt.choice, attempt=job.attempts)

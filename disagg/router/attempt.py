@@ -14,7 +14,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from disagg.errors import DisaggError, EngineError, EngineRefusedError
+from disagg.errors import DisaggError, EngineError, EngineRefusedError, EngineTimeoutError
 from disagg.handoff import (
     FINAL,
     AbortDecode,
@@ -73,7 +73,8 @@ class Attempt:
         stalled: the client reads too slowly; the waiting task drains it and calls `resume`.
         last_read_at: when decode's bytes were last seen.
         connecting: both connections being made, None when that is over.
-        retryable: it failed before any engine can have worked on it, or with an engine that was lost.
+        sent: both legs were sent: an engine may have worked on it.
+        blamed: the engines whose fault its failure is, where that is known.
         lost: the engines that were lost under it.
         on_prefill_answer: called with prefill's whole body when it ended with success.
         on_wake: called by the waiting task each time it wakes; takes what an `EventLeg` has collected.
@@ -81,6 +82,7 @@ class Attempt:
 
     __slots__ = (
         "_waiter",
+        "blamed",
         "choice",
         "connecting",
         "decode_connection",
@@ -95,8 +97,8 @@ class Attempt:
         "on_wake",
         "owner",
         "prefill_connection",
-        "retryable",
         "rids",
+        "sent",
         "stalled",
         "upstreams",
     )
@@ -126,7 +128,8 @@ class Attempt:
         self.decode_leg: DecodeLeg | None = None
         self.first_token_at = 0.0
         self.last_read_at = 0.0
-        self.retryable = False
+        self.sent = False
+        self.blamed: list[EngineId] = []
         self.lost: list[EngineId] = []
         self.connecting: asyncio.Future[list[UpstreamConnection | BaseException]] | None = None
         handoff.handle(Dispatched(), now=owner.clock())  # its command is to send, which the relay does once both engines are connected
@@ -145,6 +148,7 @@ class Attempt:
             requests: the bytes for each, in the same order.
         """
         prefill, decode = connections
+        self.sent = True
         self.decode_leg = decode_leg
         self.decode_connection = decode
         if prefill is not None:
@@ -214,17 +218,21 @@ class Attempt:
         self.first_token_at = self.last_read_at = now
         self.handle(FirstTokenSeen())
 
-    def prefill_ended(self, event: PrefillFinished | PrefillFailed) -> None:
+    def prefill_ended(self, event: PrefillFinished | PrefillFailed, *, is_its_fault: bool = True) -> None:
         """Prefill's answer ended, one way or the other."""
         prefill = self.choice.prefill
         assert prefill is not None
+        if is_its_fault and not self.finished and isinstance(event, PrefillFailed):
+            self.blamed.append(prefill.id)
         self.prefill_connection = None
         self.owner.leg_ended(prefill.slot)
         self.handle(event)
         self._settle()
 
-    def decode_ended(self, event: DecodeFinished | DecodeFailed) -> None:
+    def decode_ended(self, event: DecodeFinished | DecodeFailed, *, is_its_fault: bool = True) -> None:
         """Decode's answer ended, one way or the other."""
+        if is_its_fault and not self.finished and isinstance(event, DecodeFailed):
+            self.blamed.append(self.choice.decode.id)
         self.decode_connection = None
         self.owner.leg_ended(self.choice.decode.slot)
         self.handle(event)
@@ -241,7 +249,6 @@ class Attempt:
         error = EngineError(f"the engine {engine} was lost: {cause}")
         if self.connecting is not None and engine in {decode.id, prefill.id if prefill is not None else decode.id}:
             self.lost.append(engine)
-            self.retryable = True
             self.unconnected(DecodeFailed(error))
             self.connecting.cancel()
             return
@@ -255,7 +262,6 @@ class Attempt:
     def _lose(self, connection: UpstreamConnection, engine: EngineId) -> None:
         connection.abandon()
         self.lost.append(engine)
-        self.retryable = True
 
     def client_left(self) -> None:
         """The client closed its connection."""
@@ -263,6 +269,14 @@ class Attempt:
             self.finished = True
             self.handle(ClientLeft())
             self._settle()
+
+    def blamed_engines(self) -> list[EngineView]:
+        """The engines that another attempt had better leave alone: those that failed, or both where a deadline tells no names."""
+        engines = [e for e in (self.choice.prefill, self.choice.decode) if e is not None]
+        guilty = {*self.blamed, *self.lost}
+        if not guilty and isinstance(self.error, EngineTimeoutError):
+            return engines if not self.first_token_at else [self.choice.decode]
+        return [e for e in engines if e.id in guilty]
 
     def give_up(self, error: DisaggError) -> None:
         """The router itself stops: whoever waits gets this error, and aborts both legs."""
@@ -338,8 +352,7 @@ class PrefillLeg:
 
     def broken(self, error: EngineError, *, stale: bool) -> None:
         """The connection is gone."""
-        self.attempt.retryable = stale
-        self.attempt.prefill_ended(PrefillFailed(error))
+        self.attempt.prefill_ended(PrefillFailed(error), is_its_fault=not stale)
 
 
 class DecodeLeg:
@@ -384,8 +397,7 @@ class DecodeLeg:
 
     def broken(self, error: EngineError, *, stale: bool) -> None:
         """The connection is gone."""
-        self.attempt.retryable = stale
-        self.attempt.decode_ended(DecodeFailed(error))
+        self.attempt.decode_ended(DecodeFailed(error), is_its_fault=not stale)
 
     def fail(self, error: EngineError) -> None:
         """The answer is not what was promised: stop reading it. Its rid is aborted, so that the engine stops too."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 
 from disagg.errors import DisaggError, EngineError
+from disagg.observe.metrics import RouterMetrics
 from disagg.router.attempt import Attempt
 from disagg.router.client import Client
-from disagg.router.journal import Journal
 from disagg.router.legs import EventLeg, WholeLeg
 from disagg.router.merge import InputLogprobs, StreamMerge, merge_whole
 from disagg.router.openai import DONE_EVENT, ClientRequest
-from disagg.router.relay import Job, LegFactory, Relay
+from disagg.router.owner import Owner
+from disagg.router.relay import Job, LegFactory
+from disagg.router.stream import Stream
 
 LOGPROBS_WAIT_S = 5.0
 
@@ -23,13 +25,15 @@ class Composition:
         jobs: one per sample, in the order of the samples.
     """
 
-    def __init__(self, relay: Relay, request: ClientRequest, client: Client, jobs: list[Job]) -> None:
-        self._relay = relay
+    def __init__(self, owner: Owner, metrics: RouterMetrics, request: ClientRequest, client: Client, jobs: list[Job]) -> None:
+        self._owner = owner
+        self._metrics = metrics
         self._request = request
         self._client = client
         self._jobs = jobs
         self._merge = StreamMerge(request)
         self._logprobs: dict[int, InputLogprobs] = {}
+        self._streams = [Stream(request, job.rest, metrics.itl.observe) for job in jobs] if request.stream else []
 
     async def answer(self) -> None:
         """Writes the answer to the client.
@@ -47,14 +51,14 @@ class Composition:
         if self._request.stream:
             self._client.write(self._client.frame(self._merge.finish() + DONE_EVENT))
             self._client.end_stream()
-            self._relay.metrics.ttft.observe(min(a.first_token_at for a in attempts) - self._jobs[0].record.started_at)
+            self._metrics.ttft.observe(min(s.first_token_at for s in self._streams) - self._jobs[0].record.started_at)
         else:
             self._write_whole(attempts)
 
     # --- whole
 
     async def _whole_one(self, sample: int, job: Job) -> Attempt:
-        attempt = await self._relay.run(job, self._whole_leg(sample), self._client)
+        attempt = await self._owner.run(job, self._whole_leg(sample), self._client)
         await self._wait_for_logprobs(sample, attempt)
         return attempt
 
@@ -78,12 +82,14 @@ class Composition:
     # --- streams
 
     async def _stream_one(self, sample: int, job: Job) -> Attempt:
+        stream = self._streams[sample]
+
         def make(attempt: Attempt, number: int) -> EventLeg:
             attempt.on_prefill_answer = lambda body: self._note_logprobs(sample, body)
             attempt.on_wake = lambda: self._pass_events(sample, attempt, number)
-            return EventLeg(attempt, Journal(self._request.route, self._relay.metrics.itl.observe))
+            return stream.event_leg(attempt)
 
-        attempt = await self._relay.run(job, make, self._client)
+        attempt = await self._owner.run(job, make, self._client, stream)
         await self._wait_for_logprobs(sample, attempt)
         self._pass_events(sample, attempt, job.attempts)
         return attempt

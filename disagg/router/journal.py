@@ -8,7 +8,8 @@ are built on it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 
@@ -16,14 +17,37 @@ from disagg.router.openai import DONE_EVENT, Route
 
 FOLD_EVERY = 32
 FOLD_BYTES = 8 * 1024  # a flooded stream is read in large pieces: its journal must not keep 32 of them
-_TAIL = 64  # enough for `[DONE]` in its HTTP chunk
+_TAIL = 4096  # enough for the chunks that end a stream: finish reason, usage, `[DONE]`
 TEXT_LIMIT = 256 * 1024
 
 # Inside a JSON string a quote is escaped, so these cannot match within model text. They find the one text field of a stream's chunk.
 _CHAT_TEXT = re.compile(rb'"content":\s?"([^"\\]*(?:\\.[^"\\]*)*)"')
 _COMPLETION_TEXT = re.compile(rb'"text":\s?"([^"\\]*(?:\\.[^"\\]*)*)"')
+_TOKEN_IDS = re.compile(rb'"token_ids":\s?\[([0-9, ]+)\]')
+_FINISH = re.compile(rb'"finish_reason":\s?"(\w+)"')
+_USAGE_CHUNK = re.compile(rb'"choices":\s?\[\]')
 
 GapSink = Callable[[float, int], None]
+
+
+class Said(msgspec.Struct, frozen=True):
+    """What a stream has said until it broke.
+
+    Attributes:
+        text: what was passed on.
+        ids: the ids of the tokens behind it, and possibly of some more whose text was still held back; None where the engine does not say.
+        first: the JSON of its first event; of its last one on the native route.
+        finish: why the engine ended the answer on purpose, where it had come so far.
+        usage: the usage chunk was passed on, so that only `[DONE]` is missing.
+        opaque: it held more than text (tool calls, reasoning), which cannot be told again.
+    """
+
+    text: str
+    ids: Sequence[int] | None
+    first: dict[str, Any]
+    finish: str = ""
+    usage: bool = False
+    opaque: bool = False
 
 
 class Journal:
@@ -35,12 +59,16 @@ class Journal:
 
     Attributes:
         events: server-sent events folded so far, `[DONE]` included.
+        with_ids: the chunks carry token ids.
         overflowed: the text grew over `TEXT_LIMIT` bytes and was dropped; such a stream cannot be continued.
     """
 
     __slots__ = (
+        "_first",
+        "_ids",
         "_last",
         "_on_gap",
+        "_pieces",
         "_previous_at",
         "_reads",
         "_route",
@@ -50,6 +78,7 @@ class Journal:
         "_unfolded",
         "events",
         "overflowed",
+        "with_ids",
     )
 
     def __init__(self, route: Route, on_gap: GapSink) -> None:
@@ -63,7 +92,11 @@ class Journal:
         self._text: list[bytes] = []
         self._size = 0
         self._last = b""
+        self._first = b""
         self._previous_at = 0.0
+        self.with_ids = False
+        self._ids: list[bytes] = []
+        self._pieces = 0
 
     def add(self, raw: bytes, now: float) -> None:
         """Notes whole events as they were read, HTTP chunk framing included."""
@@ -79,6 +112,8 @@ class Journal:
         if not self._reads:
             return
         self._fold_gaps()
+        if not self._first:
+            self._first = self._reads[0][: self._reads[0].find(b"\n\n")]
         self._last = self._reads[-1][-_TAIL:]
         if not self.overflowed:
             self._fold_text(b"".join(self._reads))
@@ -104,11 +139,15 @@ class Journal:
             self._keep_last_event(joined)
         else:
             pieces = (_CHAT_TEXT if self._route is Route.CHAT else _COMPLETION_TEXT).findall(joined)
+            self._pieces += len(pieces)
             self._text.append(b"".join(pieces))
             self._size += len(self._text[-1])
+            if self.with_ids:
+                self._ids += _TOKEN_IDS.findall(joined)
         if self._size > TEXT_LIMIT:
             self.overflowed = True
             self._text.clear()
+            self._ids.clear()
 
     def _keep_last_event(self, joined: bytes) -> None:
         """SGLang's native stream repeats the whole text in each event, so the last one says it all."""
@@ -116,6 +155,11 @@ class Journal:
         if joined.startswith(b"data: {", at):
             self._text = [joined[at + 6 : joined.index(b"\n\n", at)]]
             self._size = len(self._text[0])
+
+    @property
+    def is_empty(self) -> bool:
+        """True when nothing was passed on yet."""
+        return not (self._reads or self.events)
 
     @property
     def saw_done(self) -> bool:
@@ -134,6 +178,38 @@ class Journal:
         if self._route is Route.GENERATE:
             return str(msgspec.json.decode(self._text[0])["text"]) if self._text else ""
         return msgspec.json.decode(b'"' + b"".join(self._text) + b'"', type=str)
+
+    def said(self) -> Said:
+        """What must be known to let another engine go on.
+
+        Raises:
+            ValueError: it overflowed, or what it holds is not in the shape of its route.
+        """
+        tail = self._last + b"".join(self._reads)
+        text = self.text()
+        if self._route is Route.GENERATE:
+            return self._said_natively(text)
+        first = msgspec.json.decode(self._first[self._first.index(b"data:") + 5 :], type=dict[str, Any])
+        finish = _FINISH.search(tail)
+        ends = (1 if finish else 0) + tail.count(DONE_EVENT) + len(_USAGE_CHUNK.findall(tail))
+        return Said(
+            text,
+            [int(i) for piece in self._ids for i in piece.split(b",")] if self.with_ids else None,
+            first,
+            finish=finish[1].decode() if finish else "",
+            usage=_USAGE_CHUNK.search(tail) is not None,
+            opaque=self.events - ends > self._pieces,
+        )
+
+    def _said_natively(self, text: str) -> Said:
+        last = msgspec.json.decode(self._text[0], type=dict[str, Any])
+        ids, info = last["output_ids"], last["meta_info"]
+        finish = info.get("finish_reason") or {}
+        return Said(text, ids, last, finish=str(finish.get("type") or ""), opaque=len(ids) != info["completion_tokens"])
+
+    def go_on(self, ids: Sequence[int]) -> None:
+        """From here on another engine speaks, which was told that these are the answer's ids so far."""
+        self._ids = [b",".join(b"%d" % i for i in ids)] if ids else []
 
     def __repr__(self) -> str:
         return f"<Journal events={self.events} unfolded={len(self._reads)} text={self._size} bytes>"

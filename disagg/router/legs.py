@@ -10,6 +10,7 @@ from disagg.router.attempt import ANSWER_LIMIT, Attempt, DecodeLeg
 from disagg.router.client import Client
 from disagg.router.journal import Journal
 from disagg.router.openai import DONE_EVENT, FAILURES, may_hold_failure, split_failure
+from disagg.router.seam import Seam
 from disagg.router.upstream import unframe
 
 _BUFFERED_EVENTS = 256
@@ -132,16 +133,21 @@ class WholeLeg(DecodeLeg):
 class EventLeg(DecodeLeg):
     """Cuts an event stream into events for a task that rewrites them.
 
+    Args:
+        journal: of the whole answer.
+        seam: makes this stream the continuation of one that broke; None for a first one.
+
     Attributes:
-        events: what was not taken yet, each a whole event with its blank line.
+        events: what was not taken yet, each a whole event without its blank line.
     """
 
-    __slots__ = ("_partial", "_saw_done", "events", "journal")
+    __slots__ = ("_partial", "_saw_done", "events", "journal", "seam")
 
-    def __init__(self, attempt: Attempt, journal: Journal) -> None:
+    def __init__(self, attempt: Attempt, journal: Journal, seam: Seam | None = None) -> None:
         super().__init__(attempt)
         self.events: deque[bytes] = deque()
         self.journal = journal
+        self.seam = seam
         self._partial = b""
         self._saw_done = False
 
@@ -150,21 +156,54 @@ class EventLeg(DecodeLeg):
         attempt = self.attempt
         now = attempt.last_read_at = attempt.owner.clock()
         *events, self._partial = (self._partial + data).split(b"\n\n")
+        if len(self._partial) > _PARTIAL_LIMIT:
+            self.fail(EngineError(f"the engine {attempt.choice.decode.id} sent an event without an end"))
+            return
+        good: list[bytes] = []
+        error = self._sort(events, good)
+        if good:
+            self.journal.add(b"\n\n".join([*good, b""]), now)
+        if events and not attempt.first_token_at and error is None:
+            attempt.first_token(now)
+        self.pass_on(good)
+        if error is not None:
+            self.fail(error)
+        elif self.seam is not None and self.seam.stopped:
+            self._stop(self.seam)
+        attempt.wake()
+
+    def _sort(self, events: list[bytes], good: list[bytes]) -> EngineError | None:
         for event in events:
             if may_hold_failure(event) and (error := split_failure(event + b"\n\n")[1]) is not None:
-                self.fail(error)
-                return
+                return error
             if event + b"\n\n" == DONE_EVENT:
                 self._saw_done = True
-            else:
-                self.events.append(event)
-        if events:
-            self.journal.add(b"\n\n".join([*events, b""]), now)
-            if not attempt.first_token_at:
-                attempt.first_token(now)
+            elif self.seam is None:
+                good.append(event)
+            elif not self.seam.stopped:
+                try:
+                    made = self.seam.rewrite(event)
+                except EngineError as error:
+                    return error
+                if made:
+                    good.append(made.removesuffix(b"\n\n"))
+        return None
+
+    def _stop(self, seam: Seam) -> None:
+        """The answer is over, though the engine does not know."""
+        attempt = self.attempt
+        self.pass_on([event for event in seam.closing().split(b"\n\n") if event])
+        self._failed = self._saw_done = True  # what comes now is of no interest
+        if attempt.decode_connection is not None:
+            attempt.decode_connection.abandon()
+        attempt.owner.abort_rids(attempt.upstreams[1], attempt.rids)
+        self.finish()
+
+    def pass_on(self, events: list[bytes]) -> None:
+        """Hands events over, each without its blank line."""
+        self.events += events
         if len(self.events) > _BUFFERED_EVENTS:
-            attempt.pause()
-        attempt.wake()
+            self.attempt.pause()
 
     def finish(self) -> None:
         """The body is complete: with `[DONE]`, or it was cut."""
@@ -173,3 +212,25 @@ class EventLeg(DecodeLeg):
         else:
             where = self.attempt.choice.decode.id
             self.attempt.decode_ended(DecodeFailed(EngineError(f"the engine {where} ended its stream in the middle of the answer")))
+
+
+class SeamLeg(EventLeg):
+    """Continues a stream that broke: what is said from now on is rewritten, and written to the client at once."""
+
+    __slots__ = ("_client",)
+
+    def __init__(self, attempt: Attempt, client: Client, journal: Journal, seam: Seam) -> None:
+        super().__init__(attempt, journal, seam)
+        self._client = client
+
+    def pass_on(self, events: list[bytes]) -> None:
+        """Writes events to the client."""
+        if events and not self.attempt.finished and not self._client.write(self._client.frame(b"\n\n".join([*events, b""]))):
+            self.attempt.pause()
+
+    def finish(self) -> None:
+        """The body is complete: with `[DONE]`, or it was cut."""
+        if self._saw_done and not self.attempt.finished:
+            self._client.write(self._client.frame(DONE_EVENT))
+            self._client.end_stream()
+        super().finish()

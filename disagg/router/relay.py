@@ -1,4 +1,4 @@
-"""Drives requests over the engines: chooses, connects, sends, waits, tries again where nothing can have been lost, cleans up.
+"""Drives attempts over the engines: chooses, connects, sends, waits, cleans up. Whether another one is made is the `owner`'s affair.
 
 One timer serves every attempt: it asks each machine for its deadline, drops idle connections and notices how late it is itself.
 """
@@ -7,26 +7,25 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
-from disagg.errors import ClientGoneError, EngineError, NoCapacityError
+from disagg.errors import ClientGoneError, EngineError, EngineTimeoutError, NoCapacityError
 from disagg.handoff import DecodeFailed, Handoff, Limits, PrefillFailed
 from disagg.ids import engine_rid
-from disagg.model import Choice, ClusterView, EngineId
+from disagg.model import Choice, ClusterView, EngineId, EngineView
 from disagg.observe.metrics import RouterMetrics
 from disagg.policy.route import InFlight, choose, pool_of
-from disagg.router.attempt import Attempt, DecodeLeg
+from disagg.router.attempt import Attempt, DecodeLeg, refusal
 from disagg.router.client import Client
 from disagg.router.legs import WholeLeg
 from disagg.router.openai import MAX_SAMPLES, ClientRequest, Route, key_prefix, parse_request
-from disagg.router.upstream import Upstream, UpstreamConnection
+from disagg.router.upstream import Upstream, UpstreamConnection, unframe
 
 SWEEP_S = 0.1
 RECORDS_LIMIT = 1000
-MAX_ATTEMPTS = 2
 CLIENT_STALL_S = 60.0
 PROVE_LIMIT_S = 10.0
 ABORT_LIMIT_S = 2.0
@@ -173,52 +172,19 @@ class Relay:
         if len(self.records) > RECORDS_LIMIT:
             self.records.popitem(last=False)
 
-    def check(self, request: ClientRequest) -> None:
-        """Looks whether a request could be served at all, before any work is done for it.
+    def choose(self, job: Job, exclude: Collection[EngineId]) -> Choice:
+        """Picks engines for a request.
 
         Raises:
-            UnknownModelError, NoCapacityError: it could not.
+            UnknownModelError, NoCapacityError: there are none.
         """
-        pool_of(self._view(), request.model)
-
-    def may_pair(self, request: ClientRequest) -> bool:
-        """True when a pair may serve this request; a pair must never see ``n > 1``."""
-        pool = pool_of(self._view(), request.model)
-        return pool.can_pair
-
-    async def run(self, job: Job, leg: LegFactory, client: Client) -> Attempt:
-        """Makes attempts until one succeeds.
-
-        Returns:
-            The attempt that succeeded.
-
-        Raises:
-            DisaggError: what the client is to be told.
-        """
-        tried: list[EngineId] = []
-        for number in range(1, MAX_ATTEMPTS + 1):
-            attempt = self._new_attempt(job, tried)
-            try:
-                await self._send(attempt, job, leg, number, tried)
-                await self.outcome(attempt, client)
-            finally:
-                attempt.client_left()  # does nothing once the attempt is final; a cancelled handler ends up here
-            if attempt.error is None:
-                return attempt
-            if not attempt.retryable or client.started or number == MAX_ATTEMPTS:
-                raise attempt.error
-            tried += attempt.lost  # an engine that was lost is not asked again
-            self.metrics.replays["engine_lost" if attempt.lost else "never_reached_engine"] += 1
-        raise AssertionError("unreachable")
-
-    def _new_attempt(self, job: Job, tried: Sequence[EngineId]) -> Attempt:
         view = self._view()
         if view.engines:
             self.in_flight.grow(view.engines[-1].slot + 1)
-        choice = choose(pool_of(view, job.request.model), self.in_flight, exclude=tried, unified_only=job.holds_samples)
-        return self._attempt(job, choice)
+        return choose(pool_of(view, job.request.model), self.in_flight, exclude=exclude, unified_only=job.holds_samples)
 
-    def _attempt(self, job: Job, choice: Choice) -> Attempt:
+    def attempt(self, job: Job, choice: Choice) -> Attempt:
+        """Begins an attempt on these engines; `send` comes next."""
         limits = self._limits if job.request.stream else self._whole_limits
         handoff = Handoff(paired=choice.prefill is not None, limits=limits, deadline_at=job.deadline_at)
         prefill = self._upstream(choice.prefill) if choice.prefill is not None else None
@@ -236,28 +202,29 @@ class Relay:
             upstream = self._upstreams[engine.id] = Upstream(engine.address, self.loop, self.clock)
         return upstream
 
-    async def _send(self, attempt: Attempt, job: Job, leg: LegFactory, number: int, tried: list[EngineId]) -> None:
+    async def send(self, attempt: Attempt, job: Job, leg: LegFactory) -> None:
+        """Connects both engines and sends both legs; an attempt that could not be connected knows it afterwards."""
         for slot in attempt.slots:  # before the wait for a connection: who chooses meanwhile must see that these two are taken
             self.in_flight.start(slot)
         sent = False
         try:
-            first, second = await self._connections(attempt, tried)
+            first, second = await self._connections(attempt)
             if second is not None:
-                attempt.send(leg(attempt, number), (first, second), self._requests(attempt, job))
+                attempt.send(leg(attempt, job.attempts), (first, second), self._requests(attempt, job))
                 sent = True
         finally:
             if not sent:  # no leg will end that never began
                 for slot in attempt.slots:
                     self.in_flight.end(slot)
 
-    async def _connections(self, attempt: Attempt, tried: list[EngineId]) -> tuple[UpstreamConnection | None, UpstreamConnection | None]:
+    async def _connections(self, attempt: Attempt) -> tuple[UpstreamConnection | None, UpstreamConnection | None]:
         """Idle ones where there are, else new ones. No decode connection: it failed, and the attempt knows."""
         prefill, decode = attempt.upstreams
         first = prefill.take() if prefill is not None else None
         second = decode.take()
         if second is not None and (first is not None or prefill is None):
             return first, second
-        return await self._connect(attempt, first, second, tried)
+        return await self._connect(attempt, first, second)
 
     def _requests(self, attempt: Attempt, job: Job) -> tuple[bytes, bytes]:
         prefill, decode = attempt.upstreams
@@ -266,17 +233,20 @@ class Relay:
 
     def _keys(self, attempt: Attempt, job: Job) -> bytes:
         """The router's keys with the opening brace and the comma before the client's fields."""
-        prefill = attempt.choice.prefill
-        if job.request.prompts is not None:
-            return key_prefix(self._key_lists(attempt, job.request.prompts), job.rest)
+        prefill, request = attempt.choice.prefill, job.request
+        if request.prompts is not None:
+            return key_prefix(self._key_lists(attempt, request.prompts), job.rest)
+        wants_ids = request.stream and attempt.choice.decode.facts.stream_token_ids and request.route is not Route.GENERATE
+        more: dict[str, Any] = {"return_token_ids": True} if wants_ids else {}
         if prefill is None:
-            return key_prefix({"rid": attempt.rids[0]}, job.rest)
+            return key_prefix({"rid": attempt.rids[0], **more}, job.rest)
         address, room = prefill.address, self._random_room()
         keys = {
             "bootstrap_host": address.url_host,
             "bootstrap_port": address.bootstrap_port,
             "bootstrap_room": room,
             "rid": attempt.rids[0],
+            **more,
         }
         return key_prefix(keys, job.rest)
 
@@ -290,7 +260,7 @@ class Relay:
         return keys
 
     async def _connect(
-        self, attempt: Attempt, first: UpstreamConnection | None, second: UpstreamConnection | None, tried: list[EngineId]
+        self, attempt: Attempt, first: UpstreamConnection | None, second: UpstreamConnection | None
     ) -> tuple[UpstreamConnection | None, UpstreamConnection | None]:
         """Connects what is missing. On failure tells the attempt and returns no decode connection."""
         prefill, decode = attempt.upstreams
@@ -319,10 +289,10 @@ class Relay:
             return (opened[1] if prefill is not None else None), opened[0]
         for connection in got:
             connection.abandon()
-        self._report_unconnected(attempt, results, tried)
+        self._report_unconnected(attempt, results)
         return None, None
 
-    def _report_unconnected(self, attempt: Attempt, results: Sequence[object], tried: list[EngineId]) -> None:
+    def _report_unconnected(self, attempt: Attempt, results: Sequence[object]) -> None:
         engines = [attempt.choice.decode, attempt.choice.prefill]
         for engine, result in zip(engines, results, strict=False):
             if not isinstance(result, EngineError):
@@ -330,9 +300,8 @@ class Relay:
                     raise result
                 continue
             assert engine is not None
-            tried.append(engine.id)
+            attempt.blamed.append(engine.id)
             self._on_refused(engine.id)
-            attempt.retryable = True
             if not attempt.finished:
                 attempt.unconnected(DecodeFailed(result) if engine is attempt.choice.decode else PrefillFailed(result))
 
@@ -377,9 +346,9 @@ class Relay:
             began + PROVE_LIMIT_S,
             Record(f"{self._random_room():016x}{self._random_room():016x}", request.path, began),
         )
-        attempt = self._attempt(job, choice)
+        attempt = self.attempt(job, choice)
         try:
-            await self._send(attempt, job, lambda a, _number: WholeLeg(a), 1, [])
+            await self.send(attempt, job, lambda a, _number: WholeLeg(a))
             while not attempt.finished:
                 await attempt.wait()
         finally:
@@ -389,6 +358,25 @@ class Relay:
         leg = attempt.decode_leg
         assert isinstance(leg, WholeLeg)
         return leg.body
+
+    async def post(self, engine: EngineView, path: str, body: bytes, limit_s: float) -> bytes:
+        """Posts JSON to one engine and returns the answer's body.
+
+        Raises:
+            EngineError: there is none within `limit_s` seconds, or it is an error.
+        """
+        upstream = self._upstream(engine)
+        connection = upstream.take() or await upstream.connect(self._limits.connect_s)
+        exchange = _Exchange(engine, self.loop.create_future())
+        connection.send(exchange, upstream.request(path, body))
+        try:
+            async with asyncio.timeout(limit_s):
+                return await exchange.answer
+        except TimeoutError as error:
+            raise EngineTimeoutError(f"the engine {engine.id} did not answer within {limit_s:g} s") from error
+        finally:
+            if connection.leg is exchange:
+                connection.abandon()
 
     async def outcome(self, attempt: Attempt, client: Client) -> None:
         """Waits for the end of an attempt, and for a client that reads slowly in between."""
@@ -444,6 +432,46 @@ class Relay:
 
     def __repr__(self) -> str:
         return f"<Relay live={len(self._live)} aborts={len(self._aborts)} upstreams={len(self._upstreams)}>"
+
+
+class _Exchange:
+    """One small question and its whole answer."""
+
+    __slots__ = ("_engine", "_parts", "_status", "answer")
+
+    def __init__(self, engine: EngineView, answer: asyncio.Future[bytes]) -> None:
+        self.answer = answer
+        self._engine = engine
+        self._status = 0
+        self._parts: list[bytes] = []
+
+    def head(self, status: int, *, is_stream: bool) -> None:
+        """The response head arrived."""
+        self._status = status
+
+    def payload(self, data: bytes) -> None:
+        """A part of the body."""
+        self._parts.append(data)
+
+    def frames(self, raw: bytes, aligned: bool) -> None:
+        """Whole HTTP chunks."""
+        self._parts += unframe(raw)
+
+    def ended(self) -> None:
+        """The answer is complete."""
+        if self.answer.done():
+            return
+        body = b"".join(self._parts)
+        error = refusal(self._engine, self._status, body)
+        if error is None:
+            self.answer.set_result(body)
+        else:
+            self.answer.set_exception(error)
+
+    def broken(self, error: EngineError, *, stale: bool) -> None:
+        """The connection is gone."""
+        if not self.answer.done():
+            self.answer.set_exception(error)
 
 
 class _AbortLeg:

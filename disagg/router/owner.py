@@ -1,0 +1,261 @@
+"""One owner per request: from its place in the queue to its last byte, over as many attempts as it takes.
+
+    wait for engines ──► attempt ──► the whole answer
+          ▲                 │ a fault that is not the client's
+          │                 ├── the client has heard nothing: asked anew, with a new room, on other engines
+          └─────────────────┴── the client has heard something: the rest is asked for (see `seam`), or the stream ends with an error
+
+The first failure of either leg ends the attempt (the handoff aborts the other one), and nobody but the owner makes another. A request
+is made again at most twice, and no more than a fifth of what is in flight is being made again at a time, so that faults do not multiply
+the load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+import structlog
+
+from disagg.errors import DeadlineError, DisaggError, EngineError, EngineRefusedError, EngineTimeoutError, NoCapacityError
+from disagg.model import Choice, ClusterView, EngineAddress, EngineId
+from disagg.observe.metrics import RouterMetrics
+from disagg.policy.replay import ReplayBudget, is_replayable
+from disagg.policy.route import pool_of
+from disagg.router.attempt import Attempt
+from disagg.router.client import Client
+from disagg.router.openai import ClientRequest
+from disagg.router.relay import Job, LegFactory, Relay
+from disagg.router.stream import Stream
+
+ASK_LIMIT_S = 5.0
+SAME_AGAIN_S = 1.0
+"""How long an engine that failed a request is left alone by it where there is no other one."""
+UNSENT_LIMIT = 8
+"""Connections that could not be made cost nothing, but this many of them are no accident."""
+
+
+class Owner:
+    """Owns requests.
+
+    Args:
+        queue_s: how long a request waits for engines.
+    """
+
+    def __init__(
+        self,
+        *,
+        relay: Relay,
+        view: Callable[[], ClusterView],
+        metrics: RouterMetrics,
+        queue_s: float,
+        log: structlog.typing.FilteringBoundLogger,
+    ) -> None:
+        self._relay = relay
+        self._view = view
+        self._metrics = metrics
+        self._queue_s = queue_s
+        self._budget = ReplayBudget()
+        self._log = log
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    def check(self, request: ClientRequest) -> None:
+        """Looks whether a request could be served at all, before any work is done for it.
+
+        Raises:
+            UnknownModelError, NoCapacityError: it could not.
+        """
+        try:
+            pool_of(self._view(), request.model)
+        except NoCapacityError:
+            if not self._view().may_serve(request.model):
+                raise
+
+    def may_pair(self, request: ClientRequest) -> bool:
+        """True when a pair may serve this request; a pair must never see ``n > 1``."""
+        return self._view().may_pair(request.model)
+
+    def changed(self) -> None:
+        """Engines came, went or have room again: those who wait look anew."""
+        for waiter in self._waiting:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    # --- one request
+
+    async def run(self, job: Job, leg: LegFactory, client: Client, stream: Stream | None = None) -> Attempt:
+        """Makes attempts until one succeeds.
+
+        Returns:
+            The last attempt.
+
+        Raises:
+            DisaggError: what the client is to be told.
+        """
+        run = _Run(job, stream)
+        try:
+            while True:
+                attempt = await self._attempt(run, leg, client)
+                if attempt.error is None:
+                    return attempt
+                if await self._is_over(run, attempt, client):
+                    return attempt
+        finally:
+            self._budget.release(run.replays)
+
+    async def _attempt(self, run: _Run, leg: LegFactory, client: Client) -> Attempt:
+        job = run.job
+        choice = await self._engines(run)
+        attempt = self._relay.attempt(job, choice)
+        try:
+            await self._relay.send(attempt, job, leg)
+            await self._relay.outcome(attempt, client)
+        finally:
+            attempt.client_left()  # does nothing once the attempt is final; a cancelled handler ends up here
+        return attempt
+
+    async def _is_over(self, run: _Run, attempt: Attempt, client: Client) -> bool:
+        """Looks whether another attempt may be made, and prepares it. True: nothing is missing, the client has its answer.
+
+        Raises:
+            DisaggError: it may not.
+        """
+        error, stream = attempt.error, run.stream
+        assert error is not None
+        run.failed(attempt, self._relay.clock())
+        if not is_replayable(error):
+            raise error
+        if attempt.sent:
+            self._take_from_budget(run, error)
+        else:
+            run.unsent += 1
+            if run.unsent >= UNSENT_LIMIT:
+                raise error
+        self._metrics.replays[_reason(attempt)] += 1
+        if attempt.on_wake is not None:
+            attempt.on_wake()  # takes what is left of its events
+        if stream is not None and stream.has_begun:
+            return await self._go_on(run, stream, error, client)
+        if client.started and stream is None:
+            raise error
+        return False
+
+    def _take_from_budget(self, run: _Run, error: DisaggError) -> None:
+        if why := self._budget.take(run.replays, self._metrics.inflight):
+            self._log.warning("a request is not made again", request=run.job.record.request_id, why=why)
+            raise error
+        run.replays += 1
+
+    # --- streams that go on
+
+    async def _go_on(self, run: _Run, stream: Stream, error: DisaggError, client: Client) -> bool:
+        resumes = self._metrics.resumes
+        try:
+            rest, missing = await stream.go_on(lambda path, body: self._ask(run, path, body))
+        except EngineError as reason:
+            resumes["impossible"] += 1
+            raise EngineError(f"{error}; its stream cannot go on elsewhere: {reason}") from error
+        if rest:
+            resumes["resumed"] += 1
+            run.job.rest = rest
+            return False
+        resumes["completed"] += 1
+        stream.finish(client, missing)
+        return True
+
+    async def _ask(self, run: _Run, path: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Asks some engine of the model something that any of them knows. Raises EngineError."""
+        content = msgspec.json.encode(body)
+        for last in (False, True):
+            choice = await self._engines(run)
+            engine = choice.prefill or choice.decode
+            try:
+                answer = await self._relay.post(engine, path, content, ASK_LIMIT_S)
+                return msgspec.json.decode(answer, type=dict[str, Any])
+            except (EngineError, msgspec.DecodeError) as error:
+                if last or isinstance(error, EngineRefusedError):
+                    raise EngineError(f"the engine {engine.id} did not answer {path}: {error}") from error
+                run.avoid[engine.id] = (engine.address, self._relay.clock())
+        raise AssertionError("unreachable")
+
+    # --- waiting for engines
+
+    async def _engines(self, run: _Run) -> Choice:
+        """The engines for the next attempt; waits for them where there are none at the moment.
+
+        Raises:
+            UnknownModelError, NoCapacityError, DeadlineError: there are none.
+        """
+        clock = self._relay.clock
+        until = clock() + self._queue_s
+        while True:
+            view, now = self._view(), clock()
+            last: NoCapacityError | None = None
+            for exclude in run.excluded(view, now):
+                try:
+                    return self._relay.choose(run.job, exclude)
+                except NoCapacityError as error:
+                    last = error
+            assert last is not None
+            if now >= until or not view.may_serve(run.job.request.model) or run.others_only:
+                raise run.last_error or last
+            if run.job.deadline_at is not None and now >= run.job.deadline_at:
+                raise DeadlineError("the request's own deadline passed while it waited for engines")
+            await self._change(min(run.until(until, now), run.job.deadline_at or until) - now)
+
+    async def _change(self, limit_s: float) -> None:
+        waiter: asyncio.Future[None] = self._relay.loop.create_future()
+        self._waiting.add(waiter)
+        try:
+            await asyncio.wait([waiter], timeout=max(0.0, limit_s))
+        finally:
+            self._waiting.discard(waiter)
+
+
+class _Run:
+    """What is known of a request between its attempts.
+
+    Attributes:
+        avoid: the engines that failed it, as they were then, and when; one that was started anew since is another one.
+        others_only: the engine's last word was an error of its own, or silence: the same engine would say it again.
+    """
+
+    def __init__(self, job: Job, stream: Stream | None) -> None:
+        self.job = job
+        self.stream = stream
+        self.replays = 0
+        self.unsent = 0
+        self.avoid: dict[EngineId, tuple[EngineAddress, float]] = {}
+        self.others_only = False
+        self.last_error: DisaggError | None = None
+
+    def failed(self, attempt: Attempt, now: float) -> None:
+        """An attempt failed: its engines are left alone for a while."""
+        self.last_error = attempt.error
+        self.others_only = isinstance(attempt.error, EngineRefusedError | EngineTimeoutError)
+        for engine in attempt.blamed_engines():
+            self.avoid[engine.id] = (engine.address, now)
+
+    def excluded(self, view: ClusterView, now: float) -> list[list[EngineId]]:
+        """The engines that are not to be asked: all that failed it if there are others, else those that failed it just now."""
+        if not self.avoid:
+            return [[]]
+        same = [e.id for e in view.engines if (known := self.avoid.get(e.id)) is not None and known[0] == e.address]
+        return [same] if self.others_only else [same, [e for e in same if now - self.avoid[e][1] < SAME_AGAIN_S]]
+
+    def until(self, until: float, now: float) -> float:
+        """When it is worth to look again although nothing was heard."""
+        again = [at + SAME_AGAIN_S for _, at in self.avoid.values() if at + SAME_AGAIN_S > now]
+        return min([until, *again])
+
+
+def _reason(attempt: Attempt) -> str:
+    if attempt.lost:
+        return "engine_lost"
+    if not attempt.sent:
+        return "never_reached_engine"
+    if isinstance(attempt.error, EngineTimeoutError):
+        return "deadline"
+    return "engine_refused" if isinstance(attempt.error, EngineRefusedError) else "connection_broken"
