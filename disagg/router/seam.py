@@ -246,6 +246,9 @@ class Seam:
         info["id"] = self._said.first["meta_info"]["id"]
         info["prompt_tokens"] -= taken
         info["completion_tokens"] += taken
+        finish = info.get("finish_reason")
+        if isinstance(finish, dict) and "length" in finish:
+            finish["length"] += taken
         self._seen = value["text"]
         if (at := self._stop_across()) is not None:
             whole = self._text[: len(self._text) - len(self._tail) + at]
