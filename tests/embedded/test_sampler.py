@@ -131,6 +131,8 @@ def test_with_a_seed_a_token_depends_on_its_position_only() -> None:
     for k in (1, 7, 39):
         moved = sampler(params, seed=2, generated=tokens[:k])
         assert [moved.sample(LOGITS).token for _ in range(40 - k)] == tokens[k:]
+        again = sampler(params, seed=2, start=k)
+        assert [again.sample(LOGITS).token for _ in range(40 - k)] == tokens[k:], "what was made stands at the prompt's end now"
     assert len(set(tokens)) > 2
     other = sampler(SamplingParams(seed=43))
     assert [other.sample(LOGITS).token for _ in range(40)] != tokens

@@ -132,6 +132,37 @@ def test_a_special_token_in_between_does_not_eat_a_space(sentencepiece: Tokenize
     assert "".join(decoder.feed([i]) for i in ids) + decoder.flush() == sentencepiece.decode(ids) == "hello world"
 
 
+@given(text=TEXTS, data=st.data())
+def test_a_character_that_begins_in_the_prompt_comes_whole(byte_level: Tokenizer, text: str, data: st.DataObject) -> None:
+    """Wherever a text is cut, the prompt's whole characters and what its continuation shows are the text."""
+    ids = byte_level.encode(text + "😀")
+    cut = data.draw(st.integers(0, len(ids)))
+    decoder = IncrementalDecoder(byte_level, prompt_tail=ids[max(0, cut - 5) : cut])
+    rest = "".join(decoder.feed([i]) for i in ids[cut:]) + decoder.flush()
+    before = b"".join(byte_level.token_bytes(i) for i in ids[1:cut]).decode(errors="ignore")
+    assert before + rest == text + "😀"
+
+
+@given(ids=st.lists(st.integers(3, 430), max_size=30), data=st.data())
+def test_a_prompts_broken_character_is_not_shown_twice(byte_level: Tokenizer, ids: list[int], data: st.DataObject) -> None:
+    cut = data.draw(st.integers(0, len(ids)))
+    decoder = IncrementalDecoder(byte_level, prompt_tail=ids[max(0, cut - 5) : cut])
+    rest = "".join(decoder.feed([i]) for i in ids[cut:]) + decoder.flush()
+    before, whole = byte_level.decode(ids[:cut]), byte_level.decode(ids)
+    completed = before.endswith("\ufffd") and before[:-1] + rest == whole
+    assert completed or before + rest == whole
+
+
+def test_a_character_cut_by_the_prompt_in_a_tokenizer_of_bytes_and_words(sentencepiece: Tokenizer) -> None:
+    ids = sentencepiece.encode("hello 😀 you")
+    bytes_at = next(at for at, token in enumerate(ids) if sentencepiece.token_bytes(token) == b"\xf0")
+    for cut in range(bytes_at, bytes_at + 4):
+        decoder = IncrementalDecoder(sentencepiece, prompt_tail=ids[max(0, cut - 5) : cut])
+        assert "".join(decoder.feed([i]) for i in ids[cut:]) + decoder.flush() == "😀 you"
+        decoder = IncrementalDecoder(sentencepiece, prompt_tail=ids[max(0, cut - 5) : cut])
+        assert decoder.feed(sentencepiece.encode("you")) + decoder.flush() == " you"
+
+
 # --- stop strings ---------------------------------------------------------------------------------------------------
 
 

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import random
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import aiohttp
+import numpy as np
 import pytest
 
-from tests.engines import EngineProcess, launch_engine, running_engines
+from disagg.engines.embedded.checkpoint import Checkpoint, Floats, load_checkpoint
+from disagg.engines.embedded.engine import Engine, Settings
+from disagg.engines.embedded.pages import PagePool
+from disagg.engines.embedded.tokens import Tokenizer
+from disagg.engines.embedded.transformer import Transformer
+from tests.engines import DEMO_MODEL, EngineProcess, launch_engine, running_engines
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+
+    from disagg.engines.embedded.generation import Generation, Inbox
 
 LIMITS = ("--bootstrap-timeout", "3", "--transfer-stall-timeout", "2")
 FREE_WITHIN_S = 5.0
@@ -153,3 +162,53 @@ async def client() -> AsyncIterator[Client]:
     timeout = aiohttp.ClientTimeout(total=30)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
         yield Client(session)
+
+
+# --- engines in the process of a test ---
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    """Random weights in the demo model's shape: their output depends on every single page, a trained model's may not."""
+    loaded = load_checkpoint(DEMO_MODEL)
+    chance = np.random.default_rng(1)
+
+    def noise(table: Floats) -> Floats:
+        return chance.standard_normal(table.shape, np.float32) * np.float32(0.15)
+
+    matrices = ("qkv", "output", "gate_up", "down")
+    layers = tuple(dataclasses.replace(layer, **{name: noise(getattr(layer, name)) for name in matrices}) for layer in loaded.layers)
+    embedding = noise(loaded.embedding)
+    return dataclasses.replace(loaded, embedding=embedding, lm_head=embedding, layers=layers)
+
+
+class House:
+    """Builds engines in this event loop, which a test may look into.
+
+    Attributes:
+        tokenizer: theirs.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, tasks: asyncio.TaskGroup) -> None:
+        self._checkpoint = checkpoint
+        self.tokenizer = Tokenizer.load(DEMO_MODEL)
+        self._tasks = tasks
+        self._running: list[asyncio.Task[None]] = []
+
+    async def build(self, settings: Settings, pool: type[PagePool] = PagePool) -> Engine:
+        engine = Engine(Transformer(self._checkpoint), self.tokenizer, "0" * 16, settings, pool_type=pool)
+        started = asyncio.Event()
+        run = engine.run(bootstrap_host="127.0.0.1", started=started)
+        self._running.append(self._tasks.create_task(run, name=f"{settings.role} engine"))
+        await started.wait()
+        return engine
+
+    def stop(self) -> None:
+        for task in self._running:
+            task.cancel()
+
+
+async def finished(generation: Generation, inbox: Inbox) -> list[int]:
+    while generation.finish is None:
+        await inbox.take()
+    return generation.ids

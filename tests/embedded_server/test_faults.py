@@ -13,7 +13,7 @@ from tests.embedded_server.conftest import LIMITS, Answer, Client, Trio, greedy,
 from tests.engines import EngineProcess, launch_engine, running_engines
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
 SURVIVOR_ANSWERS_WITHIN_S = 2.0
 ABORT_FREES_WITHIN_S = 1.0
@@ -210,6 +210,74 @@ async def test_garbage_and_early_ends(client: Client, trio: Trio) -> None:
     assert streamed[-1] == b""
     with pytest.raises(aiohttp.ClientError):
         await client.post(trio.unified, "/generate", body)
+
+
+async def read_until(response: aiohttp.ClientResponse, enough: Callable[[bytes], bool]) -> bytes:
+    seen = b""
+    while not enough(seen):
+        seen += await response.content.readany()
+        assert not response.content.at_eof(), seen
+    return seen
+
+
+async def nothing_more_comes(response: aiohttp.ClientResponse) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.3):
+            await response.content.readany()
+
+
+async def test_an_answer_that_stalls_keeps_its_connection_and_others_go_on(client: Client, trio: Trio) -> None:
+    await client.faults(trio.unified, "stall@token:3,slow:x4")
+    body = greedy(some_prompt(9), 8, stream=True)
+    async with client.session.post(trio.unified.url + "/generate", json=body) as response:
+        await read_until(response, lambda seen: b'"completion_tokens":3' in seen)
+        short = await client.post(trio.unified, "/generate", greedy(some_prompt(5), 3))
+        assert len(short.ids) == 3  # it never gets so far as to stall
+        assert (await client.get(trio.unified, "/health")).status == 200
+        await client.wait_free(trio.unified)  # the whole answer is made; it is only not sent
+        await nothing_more_comes(response)
+
+
+async def test_a_whole_answer_stalls_too(client: Client, trio: Trio) -> None:
+    await client.faults(trio.unified, "stall@token:3")
+    before = (await client.load(trio.unified))["total_steps"]
+    async with asyncio.TaskGroup() as tasks:
+        asking = tasks.create_task(client.post(trio.unified, "/generate", greedy(some_prompt(9), 8)))
+        await client.wait_for(trio.unified, "", "total_steps", before + 8)
+        await client.wait_free(trio.unified)
+        assert not asking.done()
+        asking.cancel()
+
+
+@pytest.mark.parametrize(("path", "stream"), [("/generate", True), ("/v1/chat/completions", True), ("/v1/chat/completions", False)])
+async def test_an_answer_stalls_behind_its_head(client: Client, trio: Trio, path: str, stream: bool) -> None:
+    await client.faults(trio.unified, "stall@head")
+    body = {**greedy(some_prompt(9), 8), "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "stream": stream}
+    async with client.session.post(trio.unified.url + path, json=body) as response:
+        assert response.status == 200
+        assert response.content_type == ("text/event-stream" if stream else "application/json")
+        await client.faults(trio.unified, "none")
+        assert len((await client.post(trio.unified, "/generate", greedy(some_prompt(5), 3))).ids) == 3
+        await client.wait_free(trio.unified)
+        await nothing_more_comes(response)
+
+
+async def test_leaked_pages_stay_used_after_their_request(client: Client, trio: Trio) -> None:
+    async def used_after(prompt: list[int]) -> int:
+        assert len((await client.both(trio.prefill, engine, "/generate", greedy(prompt, 20)))[1].ids) == 20
+        load = await client.load(engine)
+        assert load["num_running_reqs"] == 0
+        used: int = load["num_used_tokens"]
+        return used
+
+    with running_engines(launch_engine("decode", faults="leak", extra_args=LIMITS)) as (engine,):
+        first = await used_after(some_prompt(40, 1))
+        second = await used_after(some_prompt(40, 2))
+        await client.faults(engine, "none")
+        third = await used_after(some_prompt(40, 3))
+    assert first >= 60
+    assert second == 2 * first
+    assert third == second, "what ends without the fault is free"
 
 
 async def test_slow_stretches_every_step(client: Client, trio: Trio) -> None:

@@ -7,27 +7,25 @@ prefill still writes; request B comes from another prefill engine and needs A's 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from disagg.engines.embedded import links
-from disagg.engines.embedded.checkpoint import Checkpoint, Floats, load_checkpoint
-from disagg.engines.embedded.engine import Engine, Settings
+from disagg.engines.embedded.engine import Settings
 from disagg.engines.embedded.faults import Faults
 from disagg.engines.embedded.generation import Ask, Generation, Inbox, Room
 from disagg.engines.embedded.pace import Pace
 from disagg.engines.embedded.pages import PagePool
 from disagg.engines.embedded.sampler import SamplingParams
-from disagg.engines.embedded.tokens import Tokenizer
-from disagg.engines.embedded.transformer import Transformer
-from tests.embedded_server.conftest import some_prompt
-from tests.engines import DEMO_MODEL
+from tests.embedded_server.conftest import House, finished, some_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from disagg.engines.embedded.checkpoint import Checkpoint
+    from disagg.engines.embedded.engine import Engine
 
 NEW = 16
 
@@ -39,54 +37,11 @@ class PoolWithoutQuarantine(PagePool):
         self.release(pages)
 
 
-@pytest.fixture(scope="module")
-def checkpoint() -> Checkpoint:
-    """Random weights in the demo model's shape: their output depends on every single page, a trained model's may not."""
-    loaded = load_checkpoint(DEMO_MODEL)
-    chance = np.random.default_rng(1)
-
-    def noise(table: Floats) -> Floats:
-        return chance.standard_normal(table.shape, np.float32) * np.float32(0.15)
-
-    matrices = ("qkv", "output", "gate_up", "down")
-    layers = tuple(dataclasses.replace(layer, **{name: noise(getattr(layer, name)) for name in matrices}) for layer in loaded.layers)
-    embedding = noise(loaded.embedding)
-    return dataclasses.replace(loaded, embedding=embedding, lm_head=embedding, layers=layers)
-
-
-class House:
-    """Builds engines in this event loop."""
-
-    def __init__(self, checkpoint: Checkpoint, tasks: asyncio.TaskGroup) -> None:
-        self._checkpoint = checkpoint
-        self._tokenizer = Tokenizer.load(DEMO_MODEL)
-        self._tasks = tasks
-        self._running: list[asyncio.Task[None]] = []
-
-    async def build(self, settings: Settings, pool: type[PagePool] = PagePool) -> Engine:
-        engine = Engine(Transformer(self._checkpoint), self._tokenizer, "0" * 16, settings, pool_type=pool)
-        started = asyncio.Event()
-        run = engine.run(bootstrap_host="127.0.0.1", started=started)
-        self._running.append(self._tasks.create_task(run, name=f"{settings.role} engine"))
-        await started.wait()
-        return engine
-
-    def stop(self) -> None:
-        for task in self._running:
-            task.cancel()
-
-
 def start(engine: Engine, prompt: list[int], room: Room | None) -> tuple[Generation, Inbox]:
     inbox = Inbox()
     params = SamplingParams(max_new_tokens=NEW, temperature=0, ignore_eos=True)
     ask = Ask(f"{engine.settings.role} {room}", np.array(prompt, np.int32), params, room=room)
     return engine.submit([ask], inbox)[0], inbox
-
-
-async def finished(generation: Generation, inbox: Inbox) -> list[int]:
-    while generation.finish is None:
-        await inbox.take()
-    return generation.ids
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -21,7 +21,7 @@ class Token(NamedTuple):
 class World:
     """A scheduler, the fake memory, and the outside: decode engines that greet, prefill engines that write."""
 
-    def __init__(self, pages: int, *, cached: bool = True, **limits: int) -> None:
+    def __init__(self, pages: int, *, cached: bool = True, **limits: Any) -> None:
         self.pool = PagePool(pages, (1, 2, PAGE, 1, 1))
         cache = PrefixCache(self.pool, PAGE) if cached else None
         self.scheduler: Scheduler[Token] = Scheduler(self.pool, cache, page_size=PAGE, **limits)
@@ -123,6 +123,29 @@ def test_stop_token_and_stop_check_end_a_job() -> None:
     run_until_done(world)
     assert by_token.finish == Finish("stop", matched=first)
     assert by_text.finish == Finish("stop", matched="x")
+
+
+def test_a_leak_keeps_the_pages_of_every_job_that_ends_while_it_is_on() -> None:
+    leaks = [True]
+    world = World(32, cached=False, leaks=lambda: leaks[0])
+    world.add([1, 2, 3], 2)
+    run_until_done(world)
+    assert world.pool.held == 2
+    cut = world.add([1, 2, 3], 6)
+    world.begin()
+    world.scheduler.abort(cut.rid, Finish("abort"), now=0)  # a step still uses its pages
+    world.end()
+    assert world.pool.held == 2 + 3
+    world.scheduler.check()
+    receiving = world.add([1, 2, 3], 2, Leg.DECODE)
+    world.scheduler.admit(now=0)
+    world.scheduler.abort(receiving.rid, Finish("abort"), now=0)
+    world.scheduler.writer_done(receiving.rid)
+    assert world.pool.quarantined == 2
+    leaks[0] = False
+    world.add([1, 2, 3], 2)
+    run_until_done(world)
+    assert (world.pool.held, world.pool.quarantined, world.pool.free) == (5, 2, 25)
 
 
 def test_decoding_goes_on_while_a_long_prompt_is_computed() -> None:
