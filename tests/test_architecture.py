@@ -34,6 +34,7 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.engines.progress",
             "disagg.engines.restart",
             "disagg.engines.sglang",
+            "disagg.policy.ledger",
             "disagg.policy.prefix",
             "disagg.policy.route",
             "disagg.router.journal",
