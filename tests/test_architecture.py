@@ -36,6 +36,7 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.engines.sglang",
             "disagg.policy.ledger",
             "disagg.policy.prefix",
+            "disagg.policy.queue",
             "disagg.policy.route",
             "disagg.router.journal",
             "disagg.router.merge",
