@@ -45,6 +45,18 @@ class EngineState(StrEnum):
 class EngineLoad(msgspec.Struct, frozen=True):
     """What an engine last said about itself. Requests are counts, KV is in tokens, the transfer counter in bytes since start.
 
+    The used tokens are those that nobody else can have now. SGLang (0.5.23: ``num_used_tokens`` of ``/v1/loads`` is the capacity without
+    what is available and what is evictable) and the embedded engine (held and quarantined pages) count alike:
+
+    * prefix pages that no running request uses are not counted: they are evicted when somebody wants their room;
+    * pages that a decode engine took for an answer whose prompt is still on its way are counted from the moment they were taken;
+    * the tokens that a decode engine keeps for answers to come are not counted by SGLang, which holds them back when it admits (512 for
+      each request), and are counted by the embedded engine, which takes their pages at once;
+    * requests that wait and hold no page yet are not counted.
+
+    No other figure of ``/v1/loads`` says it better: ``num_total_tokens`` adds prompts that hold nothing yet, ``num_active_tokens`` leaves
+    out pages whose content is on its way. With data parallelism all of them are sums over ranks.
+
     Attributes:
         kv_quarantined_tokens: of the used ones, those that no request uses: SGLang keeps pages into which a peer that died in a transfer
             may still be writing, for up to its release timeout. Known only while nothing runs.
@@ -94,6 +106,7 @@ class EngineFacts(msgspec.Struct, frozen=True):
     Attributes:
         part: which part of an engine over several hosts; only part 0 serves requests.
         stream_token_ids: its streams of the OpenAI endpoints carry ``token_ids`` where ``return_token_ids`` is asked for.
+        max_running: requests that it works on at the same time, summed over its ranks; more wait inside of it.
     """
 
     model: str = ""
@@ -106,6 +119,7 @@ class EngineFacts(msgspec.Struct, frozen=True):
     tp_size: int = 0
     part: int = 0
     stream_token_ids: bool = False
+    max_running: int = 0
 
     def why_not_paired_with(self, other: EngineFacts) -> str:
         """What keeps two engines of one model from exchanging KV pages; empty when nothing does.

@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 
 from disagg.cluster.controller import Controller
-from disagg.cluster.prober import read_load
+from disagg.cluster.prober import read_facts, read_load
 from disagg.life import owned_tasks, supervised
 from disagg.model import EngineLoad, EngineState, Role
 from disagg.observe.log import make_logger
@@ -77,3 +77,19 @@ def test_loads_are_summed_over_ranks_and_nonsense_counts_as_nothing() -> None:
     ]
     load = read_load({"loads": ranks})
     assert load == EngineLoad(running=5, waiting=1, kv_used_tokens=10, kv_total_tokens=200, kv_transfer_bytes=9)
+
+
+@pytest.mark.parametrize(
+    ("info", "wanted"),
+    [
+        ({"max_running_requests": 32}, 32),  # the embedded engine
+        ({"max_running_requests": None, "internal_states": [{"effective_max_running_requests_per_dp": 48}]}, 48),
+        ({"max_running_requests": 64, "internal_states": [{"effective_max_running_requests_per_dp": 30}] * 2}, 60),
+        ({"max_running_requests": None}, 0),
+        ({"internal_states": [{"effective_max_running_requests_per_dp": "x"}]}, 0),
+        ({}, 0),
+    ],
+)
+def test_how_many_requests_run_at_once_is_what_the_schedulers_say(info: dict[str, object], wanted: int) -> None:
+    info = {"internal_states": [{}], **info}
+    assert read_facts({}, info)[0].max_running == wanted

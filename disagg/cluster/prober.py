@@ -130,8 +130,16 @@ def read_facts(models: Mapping[str, Any], info: Mapping[str, Any]) -> tuple[Engi
         dtype=_precision(info),
         tp_size=_whole(info.get("tp_size")),
         stream_token_ids=info.get("stream_token_ids") is True,
+        max_running=_max_running(info),
     )
     return facts, str(mode)
+
+
+def _max_running(info: Mapping[str, Any]) -> int:
+    """What SGLang's schedulers came to, rank by rank; its ``max_running_requests`` is the flag, null where it was not given."""
+    ranks = [r for r in info.get("internal_states") or [] if isinstance(r, dict)]
+    found = sum(_whole(r.get("effective_max_running_requests_per_dp")) for r in ranks)
+    return min(found, COUNT_LIMIT - 1) or _whole(info.get("max_running_requests"))
 
 
 def read_bootstrap_port(info: Mapping[str, Any]) -> int:

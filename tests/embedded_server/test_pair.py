@@ -308,6 +308,7 @@ async def test_what_the_engines_say_about_themselves(client: Client, trio: Trio)
             assert (await client.get(engine, path)).status == 200
         load = await client.load(engine)
         assert load["disaggregation"]["mode"] == role
+        assert info["max_running_requests"] == load["max_running_requests"] > 0
         metrics = (await client.get(engine, "/metrics")).raw.decode()
         assert 'sglang:num_running_reqs{model_name="demo"} 0.0' in metrics
         assert (await client.post(engine, "/flush_cache", {})).status == 200
