@@ -39,6 +39,8 @@ token_app = typer.Typer(help="Tokens with which hosts join.", no_args_is_help=Tr
 app.add_typer(token_app, name="token")
 hosts_app = typer.Typer(help="The hosts that may connect to the router.", no_args_is_help=True)
 app.add_typer(hosts_app, name="hosts")
+kv_app = typer.Typer(help="Who holds KV pages on which engine.", no_args_is_help=True)
+app.add_typer(kv_app, name="kv")
 engine_app = typer.Typer(help="One engine of this host.", no_args_is_help=True)
 app.add_typer(engine_app, name="engine", hidden=True)
 
@@ -381,6 +383,27 @@ def hosts_revoke(name: str, *, admin: AdminOption = ADMIN) -> None:
     from disagg import ask  # noqa: PLC0415
 
     _say(ask.post(admin, f"/admin/hosts/{ask.quoted(name)}/revoke", {})["will"])
+
+
+@kv_app.command("ls")
+def kv_ls(*, admin: AdminOption = ADMIN, as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """List who holds KV pages: the request, its age and phase, and what of each engine's pool that explains."""
+    from disagg import ask  # noqa: PLC0415
+    from disagg import status as texts  # noqa: PLC0415
+
+    answer = ask.get(admin, "/admin/kv")
+    _say(json.dumps(answer) if as_json else texts.kv_table(answer))
+
+
+@kv_app.command("reap")
+def kv_reap(
+    engine: Annotated[str, typer.Argument(help="Only on this engine.")] = "", *, admin: AdminOption = ADMIN, cause: CauseOption = CAUSE
+) -> None:
+    """Abort what runs on an engine although no request explains it, now; the router does so by itself after seconds."""
+    from disagg import ask  # noqa: PLC0415
+
+    which = f"?engine={ask.quoted(engine)}" if engine else ""
+    _say(ask.post(admin, f"/admin/kv/reap{which}", {"cause": cause})["will"])
 
 
 @engine_app.command("run", hidden=True)

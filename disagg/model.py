@@ -60,6 +60,7 @@ class EngineLoad(msgspec.Struct, frozen=True):
     Attributes:
         kv_quarantined_tokens: of the used ones, those that no request uses: SGLang keeps pages into which a peer that died in a transfer
             may still be writing, for up to its release timeout. Known only while nothing runs.
+        requests: all requests that it has, those that wait for a peer included; never more than the truth. 0 where nobody says.
     """
 
     running: int = 0
@@ -68,6 +69,12 @@ class EngineLoad(msgspec.Struct, frozen=True):
     kv_total_tokens: int = 0
     kv_transfer_bytes: int = 0
     kv_quarantined_tokens: int = 0
+    requests: int = 0
+
+    @property
+    def at_work(self) -> int:
+        """Requests that it has; agents of earlier releases count those that wait for a peer out."""
+        return max(self.requests, self.running + self.waiting)
 
 
 class EngineAddress(msgspec.Struct, frozen=True):
@@ -184,6 +191,7 @@ class EngineView(msgspec.Struct, frozen=True):
         host: the name of the host whose agent owns it; empty for an engine that was given by URL.
         still_s: for how long it made no progress although it had work.
         unpaired: why no ready engine of the other role can take part in a pair with it; empty when one can, or none is ready.
+        owned: its agent started it and nobody else sends requests there; not known of one that was given by URL or attached.
     """
 
     address: EngineAddress
@@ -195,6 +203,7 @@ class EngineView(msgspec.Struct, frozen=True):
     host: HostId = HostId("")
     still_s: float = 0.0
     unpaired: str = ""
+    owned: bool = False
 
     @property
     def id(self) -> EngineId:

@@ -22,6 +22,7 @@ from disagg.cluster.controller import CHANGES_KEPT, Controller
 from disagg.cluster.examiner import Examiner
 from disagg.cluster.head import Head
 from disagg.cluster.prober import Prober
+from disagg.cluster.reaper import Reaper
 from disagg.cluster.registrar import Registrar
 from disagg.cluster.transport import ControlServer
 from disagg.config import Config, RouterSection, SecuritySection, engine_addresses, parse_listen
@@ -34,6 +35,7 @@ from disagg.life import Say, Stop, owned_tasks, run, set_limits, settle_memory, 
 from disagg.model import EngineAddress, EngineId, EngineState, EngineView, Role
 from disagg.observe.log import make_logger
 from disagg.observe.metrics import RouterMetrics
+from disagg.policy.holds import Hold
 from disagg.router.admin import admin_app, no_control_plane
 from disagg.router.app import PublicListener
 from disagg.router.owner import Owner
@@ -184,7 +186,10 @@ async def router_running(
         )
         controller.attach(relay, head, examiner if canaries else None)
         metrics.canaries = examiner.outcomes
-        orders = Orders(controller, head)
+        reaper = controller.watch_for_orphans(relay)
+        metrics.orphans = reaper.actions
+        metrics.holds = lambda: relay.holds(relay.clock())
+        orders = Orders(controller, head, reaper)
         metrics.control = orders
         metrics.prefixes = controller.prefixes
         await _listen_admin(
@@ -269,8 +274,9 @@ def _router_key(config: Config, root: Path, say: Say) -> KeyPair:
 class Orders:
     """What the admin listener may ask for: the controller's and the control plane's, in one place."""
 
-    def __init__(self, controller: Controller, head: Head | None) -> None:
+    def __init__(self, controller: Controller, head: Head | None, reaper: Reaper) -> None:
         self._head = head
+        self._reaper = reaper
         self._controller = controller
         self.drain = controller.drain
         self.undrain = controller.undrain
@@ -297,6 +303,18 @@ class Orders:
         if self._head is None:
             raise no_control_plane()
         return await self._head.revoke(host)
+
+    def kv_accounts(self, holds: Sequence[Hold]) -> Sequence[msgspec.Struct]:
+        """The KV pool of every engine, and what of it no entry explains."""
+        return self._reaper.accounts(holds)
+
+    def reaped(self) -> int:
+        """Requests that no entry explained and that are gone."""
+        return self._reaper.reaped
+
+    def reap(self, engine: str | None) -> Sequence[str]:
+        """Aborts what no entry explains, now."""
+        return self._reaper.reap(self._controller.engine(engine).id if engine else None, asyncio.get_running_loop().time())
 
     def control_messages(self) -> Mapping[str, int]:
         """Messages of the control plane, by kind, and what was refused, by why."""

@@ -56,6 +56,31 @@ def hosts_table(hosts: Sequence[Mapping[str, Any]]) -> str:
     return _columns(("HOST", "ROLES", "STATE", "KEY", ""), rows)
 
 
+def kv_table(kv: Mapping[str, Any]) -> str:
+    """Holds and engines of ``/admin/kv``."""
+    parts = []
+    if kv["engines"]:
+        head = ("ENGINE", "CAPACITY", "USED", "EXPLAINED", "DRIFT", "QUARANTINED", "ORPHANED", "FOR", "")
+        parts.append(_columns(head, [_account_row(e) for e in kv["engines"]]))
+    holds = sorted(kv["holds"], key=lambda h: (-h["age_s"], h["request"], h["engine"]))
+    if holds:
+        parts.append(_columns(("REQUEST", "ENGINE", "LEG", "PHASE", "AGE", "TOKENS", "RID"), [_hold_row(h) for h in holds]))
+    parts.append(f"{len(holds)} holds. {kv['reaped']} requests that no hold explained were reaped since the router started.")
+    return "\n\n".join(parts)
+
+
+def _account_row(account: Mapping[str, Any]) -> tuple[str, ...]:
+    names = ("capacity_tokens", "used_tokens", "explained_tokens", "drift_tokens", "quarantined_tokens", "orphan_tokens")
+    since = f"{account['orphan_for_s']:.1f} s" if account["orphan_for_s"] else "-"
+    return (account["id"], *(str(account[name]) for name in names), since, account["note"])
+
+
+def _hold_row(hold: Mapping[str, Any]) -> tuple[str, ...]:
+    rids = hold["rids"]
+    shown = rids[0] if len(rids) == 1 else f"{rids[0]} and {len(rids) - 1} more"
+    return (hold["request"], hold["engine"], hold["leg"], hold["phase"], f"{hold['age_s']:.1f} s", str(hold["tokens"] or "-"), shown)
+
+
 def _columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [tuple(map(_printable, line)) for line in (head, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]

@@ -76,7 +76,7 @@ def test_loads_are_summed_over_ranks_and_nonsense_counts_as_nothing() -> None:
         "rank",
     ]
     load = read_load({"loads": ranks})
-    assert load == EngineLoad(running=5, waiting=1, kv_used_tokens=10, kv_total_tokens=200, kv_transfer_bytes=9)
+    assert load == EngineLoad(running=5, waiting=1, kv_used_tokens=10, kv_total_tokens=200, kv_transfer_bytes=9, requests=6)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ from disagg.cluster.detector import (
 )
 from disagg.cluster.examiner import Examiner
 from disagg.cluster.prober import Prober
+from disagg.cluster.reaper import Entries, Reaper
 from disagg.cluster.transport import Bucket
 from disagg.errors import DisaggError, OrderError
 from disagg.model import (
@@ -149,6 +150,7 @@ class Controller:
         self._slots = len(addresses)
         self._hosts: dict[HostId, HostView] = {}
         self._drained: dict[EngineId, str] = {}
+        self._kept_out: dict[EngineId, str] = {}
         self._lines: dict[HostId, Bucket] = {}
         self._additions: dict[HostId, Bucket] = {}
         self._facts_until: dict[EngineId, float] = {}
@@ -166,6 +168,7 @@ class Controller:
         self.on_beat: Callable[[float, float], None] | None = None
         self.on_view: Callable[[], None] | None = None
         self.examiner: Examiner | None = None
+        self.reaper: Reaper | None = None
         self.view = self._make_view()
 
     def attach(self, data: DataPath, control: Hosts | None = None, examiner: Examiner | None = None) -> None:
@@ -173,6 +176,11 @@ class Controller:
         self._data = data
         self._control = control
         self.examiner = examiner
+
+    def watch_for_orphans(self, entries: Entries) -> Reaper:
+        """From now on work that none of these entries explains is ended."""
+        self.reaper = Reaper(table=self, entries=entries, prober=self._prober, spawn=self._spawn, log=self._log)
+        return self.reaper
 
     # --- life
 
@@ -205,6 +213,8 @@ class Controller:
         self._stalled_at = now
         for detector in list(self._detectors.values()):
             self._feed(detector, Stalled(lag_s))
+        if self.reaper is not None:
+            self.reaper.stalled(lag_s)
 
     def _beat(self, now: float) -> None:
         for detector in list(self._detectors.values()):
@@ -215,6 +225,8 @@ class Controller:
             self._look_at_change(engine, change, pid, now)
         if self.examiner is not None:
             self.examiner.look(now)
+        if self.reaper is not None:
+            self.reaper.look(now)
         if self._stale_at is not None and now - self._stale_at >= LOADS_SHOWN_S:
             self._publish()
 
@@ -309,12 +321,15 @@ class Controller:
         detector = EngineDetector(address, slot=slot, probe_interval_s=self._interval_s, now=now, host=host)
         self._detectors[report.id] = detector
         self._by_host.setdefault(host, []).append(detector)
+        if self.reaper is not None:
+            self.reaper.met(report)
         return detector
 
     def _drop(self, detector: EngineDetector, cause: str) -> None:
         del self._detectors[detector.id]
         self._of(detector.view.host).remove(detector)
         self._drained.pop(detector.id, None)
+        self._kept_out.pop(detector.id, None)
         self.prefixes.forget(detector.id)
         self.tell(detector.view.host, "engine gone", engine=detector.id, reason=cause)
         if self._data is not None:
@@ -464,8 +479,27 @@ class Controller:
         detector = self._detectors.get(engine)
         if detector is None:
             return
-        reason = self._drained.get(engine)
+        reason = self._drained.get(engine) or self._kept_out.get(engine)
         self._feed(detector, Ordered(EngineState.DRAINING if reason else None, reason or ""))
+
+    # --- what the reaper wants
+
+    def changing(self) -> Sequence[EngineId]:
+        """The engines that a change is under way for."""
+        return list(self._running)
+
+    def keep_out(self, engine: EngineId, reason: str) -> None:
+        """No new work for it, until `let_in`. What a person or a change wants of it stands."""
+        self._kept_out[engine] = reason
+        if engine not in self._running:
+            self._overlay(engine)
+
+    def let_in(self, engine: EngineId) -> None:
+        """The reaper is done with it."""
+        if self._kept_out.pop(engine, None) is not None and engine not in self._running:
+            self._overlay(engine)
+
+    # --- changes
 
     def flip(self, engine: str, role: Role, cause: str) -> int:
         """Begins to move an engine to another role; returns the number of the change.

@@ -277,6 +277,8 @@ class EngineDetector:
             self._mode = ""
         self._agent = report
         self._note_place(report)
+        if report.owned is not self._view.owned:
+            self._view = msgspec.structs.replace(self._view, owned=report.owned)
         if report.facts.model or report.facts.part:
             self._take(report.facts, report.load)
         elif report.state in _NOTHING_RUNS:

@@ -10,7 +10,7 @@ import aiohttp
 import msgspec
 
 from disagg.cluster.detector import Answered, Refused, TimedOut
-from disagg.engines.progress import read_progress
+from disagg.engines.progress import WAIT_FOR_PEER, read_progress
 from disagg.model import EngineAddress, EngineFacts, EngineLoad
 
 LOADS = "/v1/loads?include=core,disagg,queues,memory"
@@ -171,7 +171,21 @@ def read_load(answer: Mapping[str, Any]) -> EngineLoad:
         kv_total_tokens=total("max_total_num_tokens", "num_total_tokens"),
         kv_transfer_bytes=moved,
         kv_quarantined_tokens=0 if busy else used,
+        requests=sum(map(_requests, ranks)),
     )
+
+
+def _requests(rank: Mapping[str, Any]) -> int:
+    """All that a rank has.
+
+    SGLang counts those that wait for a peer among the waiting ones, but not a prefill's that is being handed over; the embedded engine
+    counts none of them. What both leave out is added, and of what one counts and the other does not the greater number is right for both.
+    """
+    queues = rank.get("disaggregation")
+    queues = queues if isinstance(queues, dict) else {}
+    for_peer = sum(_whole(queues.get(name)) for name in WAIT_FOR_PEER)
+    handing_over = _whole(queues.get("prefill_inflight_queue_reqs"))
+    return _whole(rank.get("num_running_reqs")) + max(_whole(rank.get("num_waiting_reqs")), for_peer) + handing_over
 
 
 def _queued(rank: Mapping[str, Any]) -> int:

@@ -16,6 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from disagg.model import ClusterView
+from disagg.policy.holds import Hold
 from disagg.policy.prefix import PrefixIndex
 
 _LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -81,6 +82,8 @@ class RouterMetrics(Collector):
         self.control: ControlCounts | None = None
         self.prefixes: PrefixIndex | None = None
         self.canaries: Mapping[str, int] = {}
+        self.orphans: Mapping[str, int] = {}
+        self.holds: Callable[[], Sequence[Hold]] = tuple
         self._view = view
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -97,6 +100,8 @@ class RouterMetrics(Collector):
         yield _counter("disagg_canaries", "Tries of pairs with fixed prompts, by how they ended.", ["outcome"], _by_one(self.canaries))
         bad = len(self._view().quarantined)
         yield GaugeMetricFamily("disagg_quarantined_pairs", "Pairs that are not used, because they answer wrong.", value=bad)
+        yield self._of_holds()
+        yield _counter("disagg_kv_orphans", "Work that no entry explains: what was seen of it and done.", ["action"], _by_one(self.orphans))
         yield _counter("disagg_shed", "Requests refused for want of capacity, by reason.", ["reason"], _by_one(self.shed))
         yield self.loop_lag.family("disagg_loop_lag_seconds", "How late the router's own timer was.")
         yield from self._of_engines()
@@ -107,6 +112,13 @@ class RouterMetrics(Collector):
 
         if self.prefixes is not None:
             yield from _of_prefixes(self.prefixes)
+
+    def _of_holds(self) -> Metric:
+        counts = Counter((hold.leg.value, hold.phase) for hold in self.holds())
+        family = GaugeMetricFamily("disagg_kv_holds", "Legs that hold KV pages, by part and phase.", labels=["leg", "phase"])
+        for labels, count in sorted(counts.items()):
+            family.add_metric(list(labels), count)
+        return family
 
     def _of_engines(self) -> Iterator[Metric]:
         view = self._view()

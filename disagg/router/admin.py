@@ -12,6 +12,7 @@ from aiohttp import web
 from disagg.errors import DisaggError, OrderError, RequestError
 from disagg.model import ClusterView, Role
 from disagg.observe.metrics import RouterMetrics
+from disagg.policy.holds import Hold
 from disagg.policy.prefix import PrefixIndex, Standing
 from disagg.router.openai import error_object
 from disagg.router.relay import Relay
@@ -50,6 +51,15 @@ class Orders(Protocol):
     async def revoke(self, host: str) -> str:
         """Shuts a host out."""
 
+    def kv_accounts(self, holds: Sequence[Hold]) -> Sequence[msgspec.Struct]:
+        """The KV pool of every engine, and what of it no entry explains."""
+
+    def reaped(self) -> int:
+        """Requests that no entry explained and that are gone."""
+
+    def reap(self, engine: str | None) -> Sequence[str]:
+        """Aborts what no entry explains, now; what it does, one sentence each."""
+
 
 class _OrderBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     role: Role | None = None
@@ -86,6 +96,7 @@ class _Looks:
         add("/admin/requests/{id}", self._get_request)
         add("/admin/engines/{id}", self._get_engine)
         add("/admin/hosts", self._get_hosts)
+        add("/admin/kv", self._get_kv)
         add("/admin/changes/{number:[0-9]{1,9}}", self._get_change)
 
     async def _get_metrics(self, _: web.Request) -> web.Response:
@@ -111,6 +122,10 @@ class _Looks:
     async def _get_hosts(self, _: web.Request) -> web.Response:
         return _json({"hosts": self._orders.hosts()})
 
+    async def _get_kv(self, _: web.Request) -> web.Response:
+        holds = self._relay.holds(self._relay.clock())
+        return _json({"holds": holds, "engines": self._orders.kv_accounts(holds), "reaped": self._orders.reaped()})
+
     async def _get_change(self, request: web.Request) -> web.Response:
         return _json(self._orders.change(int(request.match_info["number"])))
 
@@ -126,6 +141,7 @@ class _Doings:
         for verb in ("drain", "undrain", "flip", "restart"):
             add(f"/admin/engines/{{id}}/{verb}", getattr(self, f"_{verb}"))
         add("/admin/hosts/{name}/revoke", self._revoke)
+        add("/admin/kv/reap", self._reap)
 
     async def _drain(self, request: web.Request) -> web.Response:
         body = await _body(request)
@@ -155,6 +171,11 @@ class _Doings:
 
     async def _revoke(self, request: web.Request) -> web.Response:
         return _json({"will": await self._orders.revoke(request.match_info["name"])})
+
+    async def _reap(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        done = self._orders.reap(request.query.get("engine"))
+        return _json({"will": "; ".join(done) or "nothing: an entry explains every request on every engine asked about", "why": body.cause})
 
 
 async def _body(request: web.Request) -> _OrderBody:

@@ -11,7 +11,7 @@ The legs report what they see as events; the attempt carries out the commands. E
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from disagg.errors import DisaggError, EngineError, EngineRefusedError, EngineTimeoutError
@@ -34,9 +34,11 @@ from disagg.handoff import (
     LegsSent,
     PrefillFailed,
     PrefillFinished,
+    State,
     Tick,
 )
 from disagg.model import Choice, EngineId, EngineView
+from disagg.policy.holds import Hold
 from disagg.router.openai import split_failure
 from disagg.router.upstream import Upstream, UpstreamConnection, unframe
 
@@ -78,10 +80,13 @@ class Attempt:
         lost: the engines that were lost under it.
         on_prefill_answer: called with prefill's whole body when it ended with success.
         on_wake: called by the waiting task each time it wakes; takes what an `EventLeg` has collected.
+        request_id: whose attempt it is.
+        asked: how many requests each engine makes of it: its prompts times its samples.
     """
 
     __slots__ = (
         "_waiter",
+        "asked",
         "blamed",
         "choice",
         "connecting",
@@ -97,6 +102,7 @@ class Attempt:
         "on_wake",
         "owner",
         "prefill_connection",
+        "request_id",
         "rids",
         "sent",
         "stalled",
@@ -131,6 +137,8 @@ class Attempt:
         self.sent = False
         self.blamed: list[EngineId] = []
         self.lost: list[EngineId] = []
+        self.request_id = ""
+        self.asked = len(rids)
         self.connecting: asyncio.Future[list[UpstreamConnection | BaseException]] | None = None
         handoff.handle(Dispatched(), now=owner.clock())  # its command is to send, which the relay does once both engines are connected
 
@@ -162,6 +170,15 @@ class Attempt:
         """Of its engines."""
         prefill, decode = self.choice.prefill, self.choice.decode
         return (decode.slot,) if prefill is None else (prefill.slot, decode.slot)
+
+    def holds(self, now: float) -> Iterator[Hold]:
+        """What it holds on its engines, for each leg that may still live there."""
+        handoff, prefill, decode = self.handoff, self.choice.prefill, self.choice.decode
+        is_connecting = handoff.state is State.BOOTSTRAPPING
+        age_s = now - handoff.history[0][0]
+        for engine, lives in ((prefill, handoff.prefill_live), (decode, handoff.decode_live)):
+            if engine is not None and (lives or is_connecting):
+                yield Hold(self.request_id, tuple(self.rids), engine.id, engine.address.role, handoff.state, age_s, requests=self.asked)
 
     def handle(self, event: Event) -> None:
         """Feeds the machine and does what it says."""

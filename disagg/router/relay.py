@@ -6,17 +6,18 @@ One timer serves every attempt: it asks each machine for its deadline, drops idl
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from disagg.errors import ClientGoneError, EngineError, EngineTimeoutError, NoCapacityError
-from disagg.handoff import DecodeFailed, Handoff, Limits, PrefillFailed
+from disagg.handoff import DecodeFailed, Handoff, Limits, PrefillFailed, State
 from disagg.ids import engine_rid
 from disagg.model import Choice, ClusterView, EngineId, EngineView
 from disagg.observe.metrics import RouterMetrics
+from disagg.policy.holds import Hold
 from disagg.policy.route import InFlight, choose, pool_of
 from disagg.router.attempt import Attempt, DecodeLeg, refusal
 from disagg.router.client import Client
@@ -29,6 +30,7 @@ RECORDS_LIMIT = 1000
 CLIENT_STALL_S = 60.0
 PROVE_LIMIT_S = 10.0
 ABORT_LIMIT_S = 2.0
+UNCONFIRMED_KEPT = 1024
 
 LegFactory = Callable[[Attempt, int], DecodeLeg]
 Spawn = Callable[[Any, str], Any]
@@ -98,6 +100,10 @@ class Relay:
         spawn: runs a coroutine as a named task that somebody owns.
         on_refused: told the id of an engine that refused a connection, so that it is looked at soon.
         clock: monotonic seconds; not the loop's own, which uvloop keeps in whole milliseconds.
+
+    Attributes:
+        unconfirmed: the last attempts that failed, oldest first: when, their engines, their engine-side ids. An engine may still work for
+            one whose connection was closed.
     """
 
     def __init__(
@@ -126,6 +132,7 @@ class Relay:
         self._on_refused = on_refused
         self._upstreams: dict[EngineId, Upstream] = {}
         self._live: dict[Attempt, None] = {}  # in the order of their beginning: a set's would differ from run to run
+        self.unconfirmed: deque[tuple[float, Sequence[EngineId], Sequence[str]]] = deque(maxlen=UNCONFIRMED_KEPT)
         self._aborts: dict[UpstreamConnection, float] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._expected_at = 0.0
@@ -189,6 +196,8 @@ class Relay:
         handoff = Handoff(paired=choice.prefill is not None, limits=limits, deadline_at=job.deadline_at)
         prefill = self._upstream(choice.prefill) if choice.prefill is not None else None
         attempt = Attempt(self, choice, job.rids(), handoff, prefill, self._upstream(choice.decode))
+        attempt.request_id = job.record.request_id
+        attempt.asked *= job.request.samples if job.holds_samples else 1
         job.attempts += 1
         job.record.trail.append((choice, attempt.rids, handoff))
         self._live[attempt] = None
@@ -321,6 +330,10 @@ class Relay:
         """When bytes of a running answer last came from this engine; 0 for never. Seconds on the monotonic clock, as the loop's."""
         return max((a.last_read_at for a in self._live if a.choice.decode.id == engine and not a.finished), default=0.0)
 
+    def holds(self, now: float) -> list[Hold]:
+        """What is held on engines: by every attempt that an engine may still work for, those included whose client has its end already."""
+        return [hold for attempt in self._live for hold in attempt.holds(now)]
+
     def legs_of(self, slot: int) -> int:
         """How many legs run on the engine in this slot."""
         counts = self.in_flight.now
@@ -401,6 +414,8 @@ class Relay:
     def settled(self, attempt: Attempt) -> None:
         """No engine works for this attempt any more."""
         self._live.pop(attempt, None)
+        if attempt.handoff.state is not State.DONE:
+            self.unconfirmed.append((self.clock(), tuple(e.id for e in (attempt.choice.prefill, attempt.choice.decode) if e), attempt.rids))
         self.metrics.handoffs[attempt.handoff.state] += 1
 
     def abort_rids(self, upstream: Upstream, rids: Sequence[str]) -> None:

@@ -52,6 +52,8 @@ class EngineReport(msgspec.Struct, frozen=True):
         start_ticks: when its process began, clock ticks since the machine started; with `pid` this names the process.
         counter: the sum of what an engine's own counters count; it grows as long as the engine makes progress.
         working: the engine has work that does not merely wait for a peer.
+
+    An agent names the process of an engine that it started, and of no other.
     """
 
     id: EngineName
@@ -68,6 +70,11 @@ class EngineReport(msgspec.Struct, frozen=True):
     working: bool = False
     facts: EngineFacts = EngineFacts()
     load: EngineLoad = EngineLoad()
+
+    @property
+    def owned(self) -> bool:
+        """Its agent started it, so that all its work comes from the router: not so of one that was attached."""
+        return bool(self.pid and self.start_ticks)
 
     def __repr__(self) -> str:
         return f"<EngineReport {self.id} {self.role} {self.state} pid={self.pid} counter={self.counter}>"  # without the key

@@ -15,6 +15,7 @@
     refuse:STATUS   requests are answered with this status
     late-write      prefill goes on writing after CANCEL, then says STOPPED
     ignore-abort    /abort_request answers 200 and does nothing
+    ignore-gone     requests of clients that left run on, as SGLang's whole answers do for seconds
     lie-health      /health, /ready and /health_generate always answer 200
     leak            pages of requests that end are never free again, nor those in quarantine
     refuse-switch   /pd_role_switch answers 400 with safe_to_restore false, as after a switch that broke; the role stays
@@ -38,12 +39,12 @@ PLACES = {
     "garbage": ("token",),
     "early-end": ("token",),
 }
-SWITCHES = ("late-write", "ignore-abort", "lie-health", "leak", "refuse-switch")
+SWITCHES = ("late-write", "ignore-abort", "ignore-gone", "lie-health", "leak", "refuse-switch")
 BARE_PLACES = ("accept", "head")
 """Places without a number."""
 GRAMMAR = "'none', or a list of die@accept, die@prefill:50%, die@transfer:65536, die@token:12 (hang likewise), \
 stall@transfer:N, stall@head, stall@token:N, corrupt@transfer:N, garbage@token:N, early-end@token:N, slow:x5, refuse:503, \
-late-write, ignore-abort, lie-health, leak, refuse-switch"
+late-write, ignore-abort, ignore-gone, lie-health, leak, refuse-switch"
 
 _AT = re.compile(r"([a-z-]+)@([a-z]+)(?::(\d{1,12})(%?))?")
 _SLOW = re.compile(r"slow:x(\d{1,4}(?:\.\d{1,3})?)")
@@ -73,6 +74,7 @@ class Faults(NamedTuple):
     lie_health: bool = False
     leak: bool = False
     refuse_switch: bool = False
+    ignore_gone: bool = False
 
     def strikes(self, name: str, place: str, amount: float = 0) -> bool:
         """Whether the fault ``name`` is set for this place and ``amount`` has reached it."""

@@ -168,7 +168,8 @@ class Server:
         finally:
             # Reached with living generations when the client has left (the handler is cancelled) or another sample
             # has failed.
-            self.engine.cancel(generations, "the client is gone")
+            if not self.engine.faults.ignore_gone:
+                self.engine.cancel(generations, "the client is gone")
 
     async def _whole(self, request: web.Request, shape: Shape, generations: Sequence[Generation], inbox: Inbox) -> web.StreamResponse:
         while any(generation.finish is None for generation in generations):
