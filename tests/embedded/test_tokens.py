@@ -153,6 +153,26 @@ def test_a_prompts_broken_character_is_not_shown_twice(byte_level: Tokenizer, id
     assert completed or before + rest == whole
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "shown"),
+    [
+        (b"\xf0\x9f", b"\x98\x80!", "😀!"),
+        (b"\xf0\x9f", b"!", "!"),
+        (b"\xf0\x9f", b"\x98!", "\ufffd!"),
+        (b"\xf0", b"\x80!", "\ufffd!"),
+        (b"\xf0\x9f", b"\xf0\x9f\x98\x80", "😀"),
+        (b"\xf0\x9f", b"\x98", "\ufffd"),
+        (b"\xf0\x9f", b"", ""),
+        (b"\x9f", b"\x98!", "\ufffd!"),
+    ],
+)
+def test_what_is_shown_of_bytes_behind_a_prompt(byte_level: Tokenizer, before: bytes, after: bytes, shown: str) -> None:
+    """Bytes of the prompt that never became a character are the prompt's, and not shown again."""
+    of_byte = {byte_level.token_bytes(i): i for i in range(byte_level.vocab_size)}
+    decoder = IncrementalDecoder(byte_level, prompt_tail=[of_byte[bytes([byte])] for byte in before])
+    assert "".join(decoder.feed([of_byte[bytes([byte])]]) for byte in after) + decoder.flush() == shown
+
+
 def test_a_character_cut_by_the_prompt_in_a_tokenizer_of_bytes_and_words(sentencepiece: Tokenizer) -> None:
     ids = sentencepiece.encode("hello 😀 you")
     bytes_at = next(at for at, token in enumerate(ids) if sentencepiece.token_bytes(token) == b"\xf0")
