@@ -11,6 +11,7 @@ DisaggError                  exit 1, HTTP 500
 │   ├── NameTakenError       HTTP 409            a host's name or key is registered to another host
 │   └── ClientGoneError      HTTP 499            nobody is left to read the answer (logs and metrics only)
 ├── NoCapacityError          HTTP 503            no engine can take it now; carries Retry-After
+│   └── ShareError           HTTP 429            the same, and this user holds more than a fair share of the engines
 ├── DeadlineError            HTTP 504            the request's own deadline passed; nobody's fault
 └── EngineError              HTTP 502            an engine broke its promise: refused, closed, garbage
     ├── EngineRefusedError   its own status      the engine answered with an error of its own
@@ -109,14 +110,23 @@ class NoCapacityError(DisaggError):
 
     Attributes:
         retry_after_s: when to come again, whole seconds, at least 1.
+        reason: one word for counters.
     """
 
     status = 503
     kind = "service_unavailable"
 
-    def __init__(self, sentence: str, *, retry_after_s: int = 1) -> None:
+    def __init__(self, sentence: str, *, retry_after_s: int = 1, reason: str = "no_engine") -> None:
         super().__init__(sentence)
         self.retry_after_s = max(1, retry_after_s)
+        self.reason = reason
+
+
+class ShareError(NoCapacityError):
+    """No engine can take the request at the moment, and its user holds more than a fair share of them."""
+
+    status = 429
+    kind = "rate_limit_error"
 
 
 class DeadlineError(DisaggError):

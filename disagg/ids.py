@@ -36,6 +36,10 @@ class Ids:
         """SGLang's ``bootstrap_room``: 63 random bits, unique per attempt. Never 0, which is the engine's own health probe."""
         return (int.from_bytes(self._take(8), "big") >> 1) or 1
 
+    def chance(self) -> float:
+        """A number in [0, 1)."""
+        return int.from_bytes(self._take(6), "big") / 2**48
+
 
 def engine_rid(request_id: str, serial: int) -> str:
     """The engine-side id of one prompt in one attempt: 32 hex digits that begin like the request's id, so that logs can be joined.

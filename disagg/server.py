@@ -37,6 +37,7 @@ from disagg.observe.log import make_logger
 from disagg.observe.metrics import RouterMetrics
 from disagg.policy.holds import Hold
 from disagg.router.admin import admin_app, no_control_plane
+from disagg.router.admission import Admission
 from disagg.router.app import PublicListener
 from disagg.router.owner import Owner
 from disagg.router.relay import Relay
@@ -156,11 +157,19 @@ async def router_running(
         )
         metrics = RouterMetrics(lambda: controller.view)
         ids = Ids(entropy)
+        admission = Admission(
+            view=lambda: controller.view,
+            timeout_s=section.queue_timeout_s,
+            chance=ids.chance,
+            loop=loop,
+            clock=clock,
+        )
         relay = Relay(
             view=lambda: controller.view,
             limits=_limits(config),
             whole_answer_s=section.whole_answer_timeout_s,
             metrics=metrics,
+            admission=admission,
             random_room=ids.room,
             spawn=spawn,
             on_refused=controller.refused,
@@ -168,7 +177,14 @@ async def router_running(
             clock=clock,
         )
         stack.callback(relay.close)
-        owner = Owner(relay=relay, view=lambda: controller.view, metrics=metrics, queue_s=section.queue_timeout_s, log=log)
+        owner = Owner(
+            relay=relay,
+            admission=admission,
+            view=lambda: controller.view,
+            metrics=metrics,
+            queue_s=section.queue_timeout_s,
+            log=log,
+        )
         controller.on_view = owner.changed
         listener = PublicListener(
             relay=relay,

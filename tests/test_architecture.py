@@ -86,6 +86,7 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.observe.metrics",
             "disagg.observe.notify",
             "disagg.router.admin",
+            "disagg.router.admission",
             "disagg.router.app",
             "disagg.router.attempt",
             "disagg.router.client",

@@ -425,6 +425,17 @@ class Queue:
         self._add(account, entry, now)
         return shed + self._displace(entry, account, now, jitter)
 
+    def admit(self, entry: Entry, *, now: float) -> None:
+        """An entry goes at once: nobody waits, and there is room for it."""
+        assert entry.place is Place.NEW, f"{entry!r} was offered before"
+        self._advance(now)
+        account = self._account(entry)
+        entry.account, entry.place, entry.taken_at = account, Place.RUNNING, now
+        account.running += 1
+        self._running += 1
+        self._total += entry.tokens
+        self._held[entry.user] = self._held.get(entry.user, 0) + entry.tokens
+
     def _refusal(self, entry: Entry, now: float, jitter: float) -> Shed | None:
         wait_s = self._estimate(entry.user, entry.priority, entry.tokens)
         if wait_s is None:

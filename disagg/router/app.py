@@ -7,6 +7,7 @@ of a token. `handler_cancellation` is on, so that a client that leaves cancels i
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -34,7 +35,13 @@ from disagg.router.stream import Stream
 BODY_TIMEOUT_S = 30.0
 KEEPALIVE_S = 75.0
 
+_QUIET = frozenset({"client_error", "client_gone", "deadline", "no_capacity"})
+"""Outcomes that happen in masses when clients or the load are wild: they are counted and not logged one by one."""
+PRIORITIES = 100
+"""From minus this to this."""
+
 _ROUTES = {route.value: route for route in Route}
+_PRIORITY = re.compile(r"-?[0-9]{1,3}", re.ASCII)
 _GET_PATHS = frozenset({"/healthz", "/readyz", "/v1/models"})
 
 
@@ -133,7 +140,7 @@ class PublicListener:
 
     async def _serve(self, http: web.BaseRequest, route: Route, client: Client, record: Record) -> None:
         if self.draining:
-            raise NoCapacityError("this router is shutting down; ask again", retry_after_s=2)
+            raise NoCapacityError("this router is shutting down; ask again", retry_after_s=2, reason="draining")
         deadline_at = self._deadline(http, record.started_at)
         request = parse_request(route, await self._body(http, client))
         record.model = request.model
@@ -141,7 +148,8 @@ class PublicListener:
         owner.check(request)
         split = request.samples > 1 and (request.stream or owner.may_pair(request))
         bodies = sample_bodies(request) if split else [request.rest]
-        jobs = [Job(request, body, sample, deadline_at, record) for sample, body in enumerate(bodies)]
+        user, priority = _user(http), _priority(http)
+        jobs = [Job(request, body, i, deadline_at, record, user=user, priority=priority) for i, body in enumerate(bodies)]
         if len(bodies) > 1 or request.merge_logprobs:
             await Composition(owner, self._metrics, request, client, jobs).answer()
         elif request.stream:
@@ -203,8 +211,8 @@ class PublicListener:
         record.outcome = _outcome(error)
         record.error = str(error)
         if isinstance(error, NoCapacityError):
-            self._metrics.shed["draining" if self.draining else "no_engine"] += 1
-        if record.outcome not in {"client_error", "client_gone", "deadline"}:
+            self._metrics.shed[error.reason] += 1
+        if record.outcome not in _QUIET:
             self._log.warning("request failed", request=client.request_id, outcome=record.outcome, error=str(error))
         if isinstance(error, ClientGoneError):
             client.must_close()
@@ -240,6 +248,25 @@ class PublicListener:
         if not reason:
             return web.json_response({"status": "ready"})
         return _error(503, reason, headers={"Retry-After": "2"})
+
+
+def _user(http: web.BaseRequest) -> str:
+    """Whose request it is, opaque: by API key, or by address where none is sent."""
+    key = http.headers.get("Authorization")
+    if key is not None:
+        return f"key {hash(key):x}"
+    peer = http.get_extra_info("peername")
+    return str(peer[0]) if isinstance(peer, tuple) else ""
+
+
+def _priority(http: web.BaseRequest) -> int:
+    text = http.headers.get("x-disagg-priority")
+    if text is None:
+        return 0
+    if not _PRIORITY.fullmatch(text) or abs(int(text)) > PRIORITIES:
+        sentence = f"`x-disagg-priority` takes a whole number from -{PRIORITIES} to {PRIORITIES}; larger is more important"
+        raise RequestError(sentence, param="x-disagg-priority")
+    return int(text)
 
 
 class _Connection(web.RequestHandler):

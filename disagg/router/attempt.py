@@ -37,8 +37,9 @@ from disagg.handoff import (
     State,
     Tick,
 )
-from disagg.model import Choice, EngineId, EngineView
+from disagg.model import EngineId, EngineView
 from disagg.policy.holds import Hold
+from disagg.router.admission import Promise
 from disagg.router.openai import split_failure
 from disagg.router.upstream import Upstream, UpstreamConnection, unframe
 
@@ -54,9 +55,6 @@ class Owner(Protocol):
     def abort_rids(self, upstream: Upstream, rids: Sequence[str]) -> None:
         """Posts an abort for each rid."""
 
-    def leg_ended(self, slot: int) -> None:
-        """A leg of the engine in this slot ended."""
-
     def settled(self, attempt: Attempt) -> None:
         """No engine works for this attempt any more."""
 
@@ -66,7 +64,7 @@ class Attempt:
 
     Args:
         owner: the relay.
-        choice: the pair, or the unified engine.
+        promise: the pair, or the unified engine, and its places there.
         rids: the engine-side request ids, one for each prompt.
         prefill, decode: the engines' connections; prefill is None for a unified engine.
 
@@ -102,6 +100,7 @@ class Attempt:
         "on_wake",
         "owner",
         "prefill_connection",
+        "promise",
         "request_id",
         "rids",
         "sent",
@@ -112,14 +111,15 @@ class Attempt:
     def __init__(
         self,
         owner: Owner,
-        choice: Choice,
+        promise: Promise,
         rids: Sequence[str],
         handoff: Handoff,
         prefill: Upstream | None,
         decode: Upstream,
     ) -> None:
         self.owner = owner
-        self.choice = choice
+        self.promise = promise
+        self.choice = promise.choice
         self.rids = rids
         self.handoff = handoff
         self.upstreams: tuple[Upstream | None, Upstream] = (prefill, decode)
@@ -215,6 +215,7 @@ class Attempt:
     def _resolve(self, error: DisaggError | None) -> None:
         self.finished = True
         self.error = error
+        self.promise.served = error is None
         self.wake()
 
     def wake(self) -> None:
@@ -242,7 +243,7 @@ class Attempt:
         if is_its_fault and not self.finished and isinstance(event, PrefillFailed):
             self.blamed.append(prefill.id)
         self.prefill_connection = None
-        self.owner.leg_ended(prefill.slot)
+        self.promise.end(prefill.slot)
         self.handle(event)
         self._settle()
 
@@ -251,7 +252,7 @@ class Attempt:
         if is_its_fault and not self.finished and isinstance(event, DecodeFailed):
             self.blamed.append(self.choice.decode.id)
         self.decode_connection = None
-        self.owner.leg_ended(self.choice.decode.slot)
+        self.promise.end(self.choice.decode.slot)
         self.handle(event)
         self._settle()
 

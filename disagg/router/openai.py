@@ -40,6 +40,10 @@ class Route(StrEnum):
     GENERATE = "/generate"
 
 
+DEFAULT_TOKENS: Mapping[Route, int | None] = {Route.CHAT: None, Route.COMPLETIONS: 16, Route.GENERATE: 128}
+"""How long an answer may be when the client does not say: SGLang 0.5.23's defaults; None is what the context holds."""
+
+
 class _StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
@@ -117,9 +121,10 @@ class ClientRequest:
         prompts: None for one prompt, else the length of the prompt list (then rooms and rids are lists of that length too).
         include_usage: whether the stream ends with a usage chunk.
         merge_logprobs: whether prefill's input logprobs belong in front of decode's.
+        max_tokens: how long one answer may become; None if the client leaves it open.
     """
 
-    __slots__ = ("include_usage", "merge_logprobs", "model", "path", "prompts", "rest", "route", "samples", "stream")
+    __slots__ = ("include_usage", "max_tokens", "merge_logprobs", "model", "path", "prompts", "rest", "route", "samples", "stream")
 
     def __init__(self, route: Route, model: str, rest: bytes, *, stream: bool) -> None:
         self.route = route
@@ -131,6 +136,7 @@ class ClientRequest:
         self.prompts: int | None = None
         self.include_usage = False
         self.merge_logprobs = False
+        self.max_tokens: int | None = None
 
 
 def parse_request(route: Route, body: bytes) -> ClientRequest:
@@ -220,8 +226,11 @@ def _note_openai(request: ClientRequest, fields: Any) -> None:
         if not _given(fields.prompt):
             raise RequestError("`prompt` is missing: send a string, a list of strings or token ids", param="prompt")
         request.prompts = _list_length(fields.prompt)
+        request.max_tokens = fields.max_tokens or DEFAULT_TOKENS[Route.COMPLETIONS]
     elif not _given(fields.messages):
         raise RequestError("`messages` is missing: send a list of {role, content} objects", param="messages")
+    else:
+        request.max_tokens = fields.max_completion_tokens or fields.max_tokens
 
 
 def _given(raw: msgspec.Raw) -> bool:
@@ -236,7 +245,9 @@ def _note_generate(request: ClientRequest, fields: _GenerateFields) -> None:
     if len(given) != 1:
         raise RequestError("send exactly one of `text` and `input_ids`", param="text")
     request.prompts = _list_length(given[0])
-    counts = {sampling.n or 1 for sampling in _sampling_fields(fields.sampling_params)} or {1}
+    sampling = _sampling_fields(fields.sampling_params)
+    counts = {one.n or 1 for one in sampling} or {1}
+    request.max_tokens = max((one.max_new_tokens or 0 for one in sampling), default=0) or DEFAULT_TOKENS[Route.GENERATE]
     if len(counts) > 1:
         raise RequestError("`n` must be the same in all of `sampling_params`", param="sampling_params")
     request.samples = counts.pop()

@@ -13,17 +13,18 @@ the load.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import msgspec
 import structlog
 
 from disagg.errors import DeadlineError, DisaggError, EngineError, EngineRefusedError, EngineTimeoutError, NoCapacityError
-from disagg.model import Choice, ClusterView, EngineAddress, EngineId
+from disagg.model import ClusterView, EngineAddress, EngineId
 from disagg.observe.metrics import RouterMetrics
 from disagg.policy.replay import ReplayBudget, is_replayable
 from disagg.policy.route import pool_of
+from disagg.router.admission import Admission, Promise
 from disagg.router.attempt import Attempt
 from disagg.router.client import Client
 from disagg.router.openai import ClientRequest
@@ -48,12 +49,14 @@ class Owner:
         self,
         *,
         relay: Relay,
+        admission: Admission,
         view: Callable[[], ClusterView],
         metrics: RouterMetrics,
         queue_s: float,
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         self._relay = relay
+        self._admission = admission
         self._view = view
         self._metrics = metrics
         self._queue_s = queue_s
@@ -78,7 +81,8 @@ class Owner:
         return self._view().may_pair(request.model)
 
     def changed(self) -> None:
-        """Engines came, went or have room again: those who wait look anew."""
+        """Engines came, went or reported: those who wait look anew."""
+        self._admission.changed()
         for waiter in self._waiting:
             if not waiter.done():
                 waiter.set_result(None)
@@ -107,8 +111,7 @@ class Owner:
 
     async def _attempt(self, run: _Run, leg: LegFactory, client: Client) -> Attempt:
         job = run.job
-        choice = await self._engines(run)
-        attempt = self._relay.attempt(job, choice)
+        attempt = self._relay.attempt(job, await self._engines(run))
         try:
             await self._relay.send(attempt, job, leg)
             await self._relay.outcome(attempt, client)
@@ -169,8 +172,8 @@ class Owner:
         """Asks some engine of the model something that any of them knows. Raises EngineError."""
         content = msgspec.json.encode(body)
         for last in (False, True):
-            choice = await self._engines(run)
-            engine = choice.prefill or choice.decode
+            await self._until_possible(run)
+            engine = self._admission.somebody(run.job, run.excluded(self._view(), self._relay.clock())[-1])
             try:
                 answer = await self._relay.post(engine, path, content, ASK_LIMIT_S)
                 return msgspec.json.decode(answer, type=dict[str, Any])
@@ -182,25 +185,27 @@ class Owner:
 
     # --- waiting for engines
 
-    async def _engines(self, run: _Run) -> Choice:
-        """The engines for the next attempt; waits for them where there are none at the moment.
+    async def _engines(self, run: _Run) -> Promise:
+        """Engines for the next attempt; waits for them where there are none at the moment, or none with room.
 
         Raises:
-            UnknownModelError, NoCapacityError, DeadlineError: there are none.
+            UnknownModelError, NoCapacityError, ShareError, DeadlineError: there are none in time.
         """
+        exclude = await self._until_possible(run) if run.avoid else ()
+        return await self._admission.enter(run.job, exclude, again=run.last_error is not None)
+
+    async def _until_possible(self, run: _Run) -> Collection[EngineId]:
+        """Waits until there is an engine that did not fail this request, or not just now. Returns those that are not to be asked."""
         clock = self._relay.clock
         until = clock() + self._queue_s
         while True:
             view, now = self._view(), clock()
-            last: NoCapacityError | None = None
             for exclude in run.excluded(view, now):
-                try:
-                    return self._relay.choose(run.job, exclude)
-                except NoCapacityError as error:
-                    last = error
-            assert last is not None
-            if now >= until or not view.may_serve(run.job.request.model) or run.others_only:
-                raise run.last_error or last
+                if self._admission.could_serve(run.job, exclude):
+                    return exclude
+            error = run.last_error
+            if error is not None and (now >= until or run.others_only or not view.may_serve(run.job.request.model)):
+                raise error
             if run.job.deadline_at is not None and now >= run.job.deadline_at:
                 raise DeadlineError("the request's own deadline passed while it waited for engines")
             await self._change(min(run.until(until, now), run.job.deadline_at or until) - now)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -18,7 +18,7 @@ from disagg.ids import engine_rid
 from disagg.model import Choice, ClusterView, EngineId, EngineView
 from disagg.observe.metrics import RouterMetrics
 from disagg.policy.holds import Hold
-from disagg.policy.route import InFlight, choose, pool_of
+from disagg.router.admission import Admission, Promise
 from disagg.router.attempt import Attempt, DecodeLeg, refusal
 from disagg.router.client import Client
 from disagg.router.legs import WholeLeg
@@ -62,20 +62,64 @@ class Job:
         sample: which of the request's samples this is.
         deadline_at: when the client's patience ends; None without a limit.
         record: where its attempts are noted.
+        user: whose it is, opaque.
+        priority: larger is more important.
 
     Attributes:
         attempts: how many were made so far.
     """
 
-    __slots__ = ("attempts", "deadline_at", "record", "request", "rest", "sample")
+    __slots__ = ("attempts", "deadline_at", "priority", "record", "request", "rest", "sample", "user")
 
-    def __init__(self, request: ClientRequest, rest: bytes, sample: int, deadline_at: float | None, record: Record) -> None:
+    def __init__(
+        self,
+        request: ClientRequest,
+        rest: bytes,
+        sample: int,
+        deadline_at: float | None,
+        record: Record,
+        *,
+        user: str = "",
+        priority: int = 0,
+    ) -> None:
+        self.user = user
+        self.priority = priority
         self.request = request
         self.rest = rest
         self.sample = sample
         self.deadline_at = deadline_at
         self.record = record
         self.attempts = 0
+
+    @property
+    def model(self) -> str:
+        """The model asked for; empty for the only one there is."""
+        return self.request.model
+
+    @property
+    def body_bytes(self) -> int:
+        """Of its body."""
+        return len(self.rest)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """How long one answer may become."""
+        return self.request.max_tokens
+
+    @property
+    def answers(self) -> int:
+        """How many answers the body asks for."""
+        return (self.request.prompts or 1) * (self.request.samples if self.holds_samples else 1)
+
+    @property
+    def unified_only(self) -> bool:
+        """A pair must not see it."""
+        return self.holds_samples
+
+    @property
+    def arrived_at(self) -> float:
+        """When it came."""
+        return self.record.started_at
 
     @property
     def holds_samples(self) -> bool:
@@ -113,6 +157,7 @@ class Relay:
         limits: Limits,
         whole_answer_s: float,
         metrics: RouterMetrics,
+        admission: Admission,
         random_room: Callable[[], int],
         spawn: Spawn,
         on_refused: Callable[[EngineId], None],
@@ -122,7 +167,7 @@ class Relay:
         self.loop = loop
         self.clock = clock
         self.metrics = metrics
-        self.in_flight = InFlight()
+        self.admission = admission
         self.records: OrderedDict[str, Record] = OrderedDict()
         self._view = view
         self._limits = limits
@@ -165,6 +210,7 @@ class Relay:
             connection.abandon()
         for upstream in self._upstreams.values():
             upstream.prune()
+        self.admission.tick(now)
         self._sweep_again()
 
     def _sweep_again(self) -> None:
@@ -179,23 +225,13 @@ class Relay:
         if len(self.records) > RECORDS_LIMIT:
             self.records.popitem(last=False)
 
-    def choose(self, job: Job, exclude: Collection[EngineId]) -> Choice:
-        """Picks engines for a request.
-
-        Raises:
-            UnknownModelError, NoCapacityError: there are none.
-        """
-        view = self._view()
-        if view.engines:
-            self.in_flight.grow(view.engines[-1].slot + 1)
-        return choose(pool_of(view, job.request.model), self.in_flight, exclude=exclude, unified_only=job.holds_samples)
-
-    def attempt(self, job: Job, choice: Choice) -> Attempt:
-        """Begins an attempt on these engines; `send` comes next."""
+    def attempt(self, job: Job, promise: Promise) -> Attempt:
+        """Begins an attempt on the engines that were promised; `send` comes next."""
+        choice = promise.choice
         limits = self._limits if job.request.stream else self._whole_limits
         handoff = Handoff(paired=choice.prefill is not None, limits=limits, deadline_at=job.deadline_at)
         prefill = self._upstream(choice.prefill) if choice.prefill is not None else None
-        attempt = Attempt(self, choice, job.rids(), handoff, prefill, self._upstream(choice.decode))
+        attempt = Attempt(self, promise, job.rids(), handoff, prefill, self._upstream(choice.decode))
         attempt.request_id = job.record.request_id
         attempt.asked *= job.request.samples if job.holds_samples else 1
         job.attempts += 1
@@ -213,8 +249,6 @@ class Relay:
 
     async def send(self, attempt: Attempt, job: Job, leg: LegFactory) -> None:
         """Connects both engines and sends both legs; an attempt that could not be connected knows it afterwards."""
-        for slot in attempt.slots:  # before the wait for a connection: who chooses meanwhile must see that these two are taken
-            self.in_flight.start(slot)
         sent = False
         try:
             first, second = await self._connections(attempt)
@@ -223,8 +257,7 @@ class Relay:
                 sent = True
         finally:
             if not sent:  # no leg will end that never began
-                for slot in attempt.slots:
-                    self.in_flight.end(slot)
+                attempt.promise.end_all()
 
     async def _connections(self, attempt: Attempt) -> tuple[UpstreamConnection | None, UpstreamConnection | None]:
         """Idle ones where there are, else new ones. No decode connection: it failed, and the attempt knows."""
@@ -336,7 +369,7 @@ class Relay:
 
     def legs_of(self, slot: int) -> int:
         """How many legs run on the engine in this slot."""
-        counts = self.in_flight.now
+        counts = self.admission.in_flight.now
         return counts[slot] if slot < len(counts) else 0
 
     async def ask(self, choice: Choice, body: bytes) -> bytes:
@@ -349,8 +382,6 @@ class Relay:
             DisaggError: there is none within `PROVE_LIMIT_S`.
         """
         began = self.clock()
-        slots = [e.slot for e in (choice.prefill, choice.decode) if e is not None]
-        self.in_flight.grow(max(slots) + 1)
         request = parse_request(Route.GENERATE, body)
         job = Job(
             request,
@@ -359,7 +390,7 @@ class Relay:
             began + PROVE_LIMIT_S,
             Record(f"{self._random_room():016x}{self._random_room():016x}", request.path, began),
         )
-        attempt = self.attempt(job, choice)
+        attempt = self.attempt(job, self.admission.promise(choice))
         try:
             await self.send(attempt, job, lambda a, _number: WholeLeg(a))
             while not attempt.finished:
@@ -406,10 +437,6 @@ class Relay:
                 await attempt.wait()
 
     # --- the attempt's owner
-
-    def leg_ended(self, slot: int) -> None:
-        """A leg of the engine in this slot ended."""
-        self.in_flight.end(slot)
 
     def settled(self, attempt: Attempt) -> None:
         """No engine works for this attempt any more."""

@@ -27,10 +27,7 @@ import msgspec
 
 from disagg.errors import EngineError
 from disagg.router.journal import Said
-from disagg.router.openai import Route, encode_event, parse_event
-
-DEFAULT_TOKENS = {Route.CHAT: None, Route.COMPLETIONS: 16, Route.GENERATE: 128}
-"""How long an answer may be when the client does not say: SGLang 0.5.23's defaults; None is what the context holds."""
+from disagg.router.openai import DEFAULT_TOKENS, Route, encode_event, parse_event
 
 _TOKENIZED = (
     "messages",

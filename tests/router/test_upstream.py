@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from disagg.errors import EngineError
 from disagg.handoff import Handoff, Limits, State
 from disagg.model import Choice, EngineAddress, EngineId, EngineState, EngineView, Role
+from disagg.router.admission import Admission, Promise
 from disagg.router.attempt import Attempt, DecodeLeg, refusal
 from disagg.router.client import Client
 from disagg.router.journal import Journal
@@ -518,7 +519,7 @@ async def test_a_refused_connection_is_an_engine_error_that_names_the_engine() -
 
 
 class Books:
-    """The attempt's owner: the router's counts."""
+    """The attempt's owner, and who counts for the router."""
 
     def __init__(self) -> None:
         self.clock: Callable[[], float] = Clock()
@@ -530,8 +531,11 @@ class Books:
     def abort_rids(self, upstream: Upstream, rids: Sequence[str]) -> None:
         self.aborted += rids
 
-    def leg_ended(self, slot: int) -> None:
+    def taken_back(self, slot: int, _tokens: int) -> None:
         self.ended.append(slot)
+
+    def over(self, promise: Promise) -> None:
+        """Its last leg ended."""
 
     def settled(self, attempt: Attempt) -> None:
         self.is_settled = True
@@ -570,7 +574,8 @@ class Live:
         self.connection = UpstreamConnection(upstream)
         self.connection.connection_made(cast("asyncio.Transport", Wire()))
         handoff = Handoff(paired=False, limits=Limits())
-        self.attempt = Attempt(self.books, Choice(None, engine, "the only one"), ["rid"], handoff, None, upstream)
+        promise = Promise(cast("Admission", self.books), Choice(None, engine, "the only one"), {0: 1})
+        self.attempt = Attempt(self.books, promise, ["rid"], handoff, None, upstream)
         self.reader = Reader()
         self.attempt.send(make(self.attempt, cast("Client", self.reader)), (None, self.connection), (b"", b"request"))
 

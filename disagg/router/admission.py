@@ -1,0 +1,361 @@
+"""Who may go to the engines now, and who waits: the hands of `Queue` and `Ledger`.
+
+    a request ──► is there room? ──► a promise: engines, their tokens and places in the ledger ──► an attempt
+                        │ no                              ▲
+                        └──► the queue of its model ──────┘  a leg ended, an engine reported, the view changed
+
+A promise is given in the same moment in which its engines are chosen, so that whoever is next sees them taken. It is taken back leg by leg
+when the engines are through with them, also when the client left long before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection
+from math import inf
+from typing import Protocol
+
+from disagg.errors import DeadlineError, DisaggError, NoCapacityError, ShareError
+from disagg.model import Choice, ClusterView, EngineId, EngineLoad, EngineView
+from disagg.policy.ledger import RESERVED_TOKENS, Ledger
+from disagg.policy.queue import Entry, Place, Queue, Reason, Shed
+from disagg.policy.route import InFlight, choose, pool_of
+
+
+class Wanting(Protocol):
+    """A request, as far as its admission is concerned."""
+
+    @property
+    def model(self) -> str:
+        """The model asked for; empty for the only one there is."""
+
+    @property
+    def body_bytes(self) -> int:
+        """Of its body."""
+
+    @property
+    def max_tokens(self) -> int | None:
+        """How long one answer may become."""
+
+    @property
+    def answers(self) -> int:
+        """How many answers the body asks for."""
+
+    @property
+    def unified_only(self) -> bool:
+        """A pair must not see it."""
+
+    @property
+    def user(self) -> str:
+        """Whose it is."""
+
+    @property
+    def priority(self) -> int:
+        """Larger is more important."""
+
+    @property
+    def arrived_at(self) -> float:
+        """When it came, monotonic seconds."""
+
+    @property
+    def deadline_at(self) -> float | None:
+        """When its client's patience ends."""
+
+
+class Promise:
+    """Places on engines that a request may use now.
+
+    Attributes:
+        choice: the engines.
+        served: it came to a good end: that tells how fast the engines are.
+        entry, queue: where it is counted; None for the router's own requests.
+    """
+
+    __slots__ = ("_admission", "_tokens", "choice", "entry", "queue", "served")
+
+    def __init__(self, admission: Admission, choice: Choice, tokens: dict[int, int]) -> None:
+        self.choice = choice
+        self.served = True
+        self.entry: Entry | None = None
+        self.queue: Queue | None = None
+        self._admission = admission
+        self._tokens = tokens
+
+    def end(self, slot: int) -> None:
+        """The engine in this slot is through with it; said twice it counts once."""
+        tokens = self._tokens.pop(slot, None)
+        if tokens is not None:
+            self._admission.taken_back(slot, tokens)
+            if not self._tokens:
+                self._admission.over(self)
+
+    def end_all(self) -> None:
+        """Nothing was sent."""
+        self.served = False
+        for slot in list(self._tokens):
+            self.end(slot)
+
+    def tokens(self, slot: int) -> int:
+        """What is promised of the engine in this slot."""
+        return self._tokens.get(slot, 0)
+
+
+class _Waiter:
+    """Somebody in a queue."""
+
+    __slots__ = ("exclude", "place", "wanting")
+
+    def __init__(self, wanting: Wanting, exclude: Collection[EngineId], place: asyncio.Future[Promise]) -> None:
+        self.wanting = wanting
+        self.exclude = exclude
+        self.place = place
+
+
+class Admission:
+    """Lets requests go to the engines.
+
+    Args:
+        view: returns the current view of the cluster.
+        timeout_s: nobody waits longer.
+        chance: a number in [0, 1), to spread those who are sent away together.
+        clock: monotonic seconds.
+
+    Attributes:
+        in_flight: legs by engine.
+        ledger: tokens by engine.
+    """
+
+    def __init__(
+        self,
+        *,
+        view: Callable[[], ClusterView],
+        timeout_s: float,
+        chance: Callable[[], float],
+        loop: asyncio.AbstractEventLoop,
+        clock: Callable[[], float],
+    ) -> None:
+        self.in_flight = InFlight()
+        self.ledger = Ledger()
+        self._view = view
+        self._timeout_s = timeout_s
+        self._chance = chance
+        self._loop = loop
+        self._clock = clock
+        self._queues: dict[tuple[str, bool], Queue] = {}
+        self._loads: dict[int, EngineLoad] = {}
+        self._is_due = False
+
+    # --- in
+
+    async def enter(self, wanting: Wanting, exclude: Collection[EngineId] = (), *, again: bool = False) -> Promise:
+        """Returns as soon as engines have room for this request.
+
+        Args:
+            wanting: the request.
+            exclude: engines that it must not go to.
+            again: it was let in before and lost its engine.
+
+        Raises:
+            UnknownModelError, NoCapacityError, ShareError, DeadlineError: it cannot be served, or not in time.
+        """
+        queue = self._queue(wanting)
+        if not len(queue):
+            promise = self._try(wanting, exclude)
+            if promise is not None:
+                promise.entry = self._entry(wanting, None, again=again)
+                promise.queue = queue
+                queue.admit(promise.entry, now=self._clock())
+                return promise
+        return await self._wait(queue, wanting, exclude, again=again)
+
+    def promise(self, choice: Choice, tokens: int = 0) -> Promise:
+        """A promise for what does not wait, as the router's own canaries."""
+        return self._promise(choice, tokens, tokens)
+
+    def could_serve(self, wanting: Wanting, exclude: Collection[EngineId]) -> bool:
+        """True when engines are there, with room or without. Raises UnknownModelError."""
+        try:
+            self._choose(wanting, exclude)
+        except NoCapacityError:
+            return False
+        return True
+
+    def somebody(self, wanting: Wanting, exclude: Collection[EngineId]) -> EngineView:
+        """An engine that knows the model, with room or without. Raises UnknownModelError, NoCapacityError."""
+        choice = self._choose(wanting, exclude)
+        return choice.prefill or choice.decode
+
+    async def _wait(self, queue: Queue, wanting: Wanting, exclude: Collection[EngineId], *, again: bool) -> Promise:
+        waiter = _Waiter(wanting, exclude, self._loop.create_future())
+        entry = self._entry(wanting, waiter, again=again)
+        self._send_away(queue.offer(entry, now=self._clock(), jitter=self._chance()))
+        try:
+            self._pump(queue)
+            return await waiter.place
+        except asyncio.CancelledError:
+            if waiter.place.done() and not waiter.place.cancelled() and waiter.place.exception() is None:
+                waiter.place.result().end_all()  # it was let in, and left in the same moment
+            raise
+        finally:
+            if entry.place is Place.WAITING:
+                queue.leave(entry, now=self._clock(), served=False)
+
+    def _entry(self, wanting: Wanting, waiter: _Waiter | None, *, again: bool) -> Entry:
+        deadline = wanting.deadline_at
+        return Entry(
+            waiter,
+            user=wanting.user,
+            priority=wanting.priority,
+            tokens=self._cost(wanting),
+            size=wanting.body_bytes,
+            arrived_at=self._clock() if again else wanting.arrived_at,
+            deadline_at=inf if deadline is None else deadline,
+            promised=again,
+        )
+
+    def _pump(self, queue: Queue) -> None:
+        """Lets in whoever fits."""
+
+        def fits(entry: Entry) -> Promise | DisaggError | None:
+            waiter = entry.key
+            assert isinstance(waiter, _Waiter)
+            try:
+                return self._try(waiter.wanting, waiter.exclude)
+            except DisaggError as error:
+                return error
+
+        while True:
+            taken: tuple[Entry, Promise | DisaggError] | None = queue.next(fits, now=self._clock())
+            if taken is None:
+                return
+            entry, found = taken
+            waiter = entry.key
+            assert isinstance(waiter, _Waiter)
+            if isinstance(found, DisaggError):
+                queue.leave(entry, now=self._clock(), served=False)
+                if not waiter.place.done():
+                    waiter.place.set_exception(found)
+                continue
+            found.entry, found.queue = entry, queue
+            if waiter.place.done():
+                found.end_all()
+            else:
+                waiter.place.set_result(found)
+
+    def _send_away(self, shed: list[Shed]) -> None:
+        for one in shed:
+            waiter = one.entry.key
+            assert isinstance(waiter, _Waiter)
+            if not waiter.place.done():
+                waiter.place.set_exception(_refusal(one, self._view().why_not_ready()))
+
+    # --- engines
+
+    def _try(self, wanting: Wanting, exclude: Collection[EngineId]) -> Promise | None:
+        """A promise, if engines have room. Raises UnknownModelError."""
+        try:
+            choice = self._choose(wanting, exclude)
+            limit = choice.decode.facts.context_tokens
+            decode_tokens = self._cost(wanting, limit)
+            prefill_tokens = self.ledger.prompt_tokens(choice.decode.facts.model, wanting.body_bytes, limit)
+            if self._full(choice, prefill_tokens, decode_tokens):
+                choice = self._choose(wanting, [*exclude, *self._all_full(wanting, prefill_tokens, decode_tokens)])
+        except NoCapacityError:
+            return None
+        return self._promise(choice, prefill_tokens, decode_tokens)
+
+    def _choose(self, wanting: Wanting, exclude: Collection[EngineId]) -> Choice:
+        pool = pool_of(self._view(), wanting.model)
+        return choose(pool, self.in_flight, exclude=exclude, unified_only=wanting.unified_only)
+
+    def _full(self, choice: Choice, prefill_tokens: int, decode_tokens: int) -> bool:
+        prefill, decode = choice.prefill, choice.decode
+        return self._is_full(decode, decode_tokens) or (prefill is not None and self._is_full(prefill, prefill_tokens))
+
+    def _is_full(self, engine: EngineView, tokens: int) -> bool:
+        return not self.ledger.room(engine, tokens, self.in_flight.now[engine.slot])
+
+    def _all_full(self, wanting: Wanting, prefill_tokens: int, decode_tokens: int) -> list[EngineId]:
+        pool = pool_of(self._view(), wanting.model)
+        needs = ((pool.prefill, prefill_tokens), (pool.decode, decode_tokens), (pool.unified, decode_tokens))
+        return [e.id for engines, tokens in needs for e in engines if self._is_full(e, tokens)]
+
+    def _promise(self, choice: Choice, prefill_tokens: int, decode_tokens: int) -> Promise:
+        tokens = {choice.decode.slot: decode_tokens}
+        if choice.prefill is not None:
+            tokens[choice.prefill.slot] = prefill_tokens
+        for slot, count in tokens.items():
+            self.in_flight.start(slot)
+            self.ledger.reserve(slot, count)
+        return Promise(self, choice, tokens)
+
+    def _cost(self, wanting: Wanting, limit: int = 0) -> int:
+        """Tokens of a decode engine; `limit` is the longest context of one answer."""
+        first = self.ledger.cost(wanting.model, wanting.body_bytes, wanting.max_tokens, limit)
+        more = wanting.answers - 1
+        return first + more * min(RESERVED_TOKENS, wanting.max_tokens or RESERVED_TOKENS) if more else first
+
+    def _queue(self, wanting: Wanting) -> Queue:
+        """Its own for what only a unified engine may take: pairs that are free must not wait behind it."""
+        name = (wanting.model if wanting.model in self._view().pools else "", wanting.unified_only)
+        queue = self._queues.get(name)
+        if queue is None:
+            queue = self._queues[name] = Queue(timeout_s=self._timeout_s)
+        return queue
+
+    def _grow(self, slots: int) -> None:
+        self.in_flight.grow(slots)
+        self.ledger.grow(slots)
+
+    # --- out
+
+    def taken_back(self, slot: int, tokens: int) -> None:
+        """A leg ended."""
+        self.in_flight.end(slot)
+        self.ledger.release(slot, tokens)
+        self.look_soon()
+
+    def over(self, promise: Promise) -> None:
+        """All of its legs ended."""
+        if promise.entry is not None and promise.queue is not None:
+            promise.queue.leave(promise.entry, now=self._clock(), served=promise.served)
+
+    # --- what changes
+
+    def changed(self) -> None:
+        """The view is another one."""
+        engines = self._view().engines
+        if engines:
+            self._grow(engines[-1].slot + 1)
+        for engine in engines:
+            if engine.load is not self._loads.get(engine.slot):
+                self._loads[engine.slot] = engine.load
+                self.ledger.note_report(engine.slot, engine.load)
+        self.look_soon()
+
+    def look_soon(self) -> None:
+        """Those who wait are looked at in the loop's next round."""
+        if not self._is_due and any(map(len, self._queues.values())):
+            self._is_due = True
+            self._loop.call_soon(self._look)
+
+    def tick(self, now: float) -> None:
+        """Sends away those whose time is up."""
+        for queue in self._queues.values():
+            due = queue.next_deadline()
+            if due is not None and due <= now:
+                self._send_away(queue.expire(now=now, jitter=self._chance()))
+        self.look_soon()
+
+    def _look(self) -> None:
+        self._is_due = False
+        for queue in self._queues.values():
+            self._pump(queue)
+
+
+def _refusal(shed: Shed, why_not_ready: str) -> DisaggError:
+    if shed.reason is Reason.DEADLINE:
+        return DeadlineError("the request's own deadline passed while it waited for engines")
+    kind = ShareError if shed.status == ShareError.status else NoCapacityError
+    reason = "no_engine" if why_not_ready else shed.reason.value
+    return kind(why_not_ready or shed.sentence, retry_after_s=shed.retry_after_s, reason=reason)
