@@ -77,3 +77,24 @@ def test_loads_are_summed_over_ranks_and_nonsense_counts_as_nothing() -> None:
     ]
     load = read_load({"loads": ranks})
     assert load == EngineLoad(running=5, waiting=1, kv_used_tokens=10, kv_total_tokens=200, kv_transfer_bytes=9, requests=6)
+
+
+@pytest.mark.parametrize(
+    ("rank", "requests"),
+    [
+        ({"num_running_reqs": 2, "num_waiting_reqs": 5, "disaggregation": {"prefill_bootstrap_queue_reqs": 4}}, 7),
+        ({"num_waiting_reqs": 0, "disaggregation": {"prefill_bootstrap_queue_reqs": 3, "prefill_inflight_queue_reqs": 1}}, 4),
+        (
+            {
+                "num_running_reqs": 1,
+                "num_waiting_reqs": 2,
+                "disaggregation": {"decode_prealloc_queue_reqs": 2, "decode_transfer_queue_reqs": 1},
+            },
+            4,
+        ),
+        ({"num_running_reqs": "many", "disaggregation": {"decode_transfer_queue_reqs": None}}, 0),
+    ],
+    ids=["sglang-prefill", "embedded-prefill", "embedded-decode", "nonsense"],
+)
+def test_requests_that_wait_for_a_peer_are_counted_once(rank: dict[str, Any], requests: int) -> None:
+    assert read_load({"loads": [rank]}).requests == requests
