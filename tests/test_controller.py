@@ -93,3 +93,24 @@ def test_loads_are_summed_over_ranks_and_nonsense_counts_as_nothing() -> None:
 def test_how_many_requests_run_at_once_is_what_the_schedulers_say(info: dict[str, object], wanted: int) -> None:
     info = {"internal_states": [{}], **info}
     assert read_facts({}, info)[0].max_running == wanted
+
+
+@pytest.mark.parametrize(
+    ("rank", "requests"),
+    [
+        ({"num_running_reqs": 2, "num_waiting_reqs": 5, "disaggregation": {"prefill_bootstrap_queue_reqs": 4}}, 7),
+        ({"num_waiting_reqs": 0, "disaggregation": {"prefill_bootstrap_queue_reqs": 3, "prefill_inflight_queue_reqs": 1}}, 4),
+        (
+            {
+                "num_running_reqs": 1,
+                "num_waiting_reqs": 2,
+                "disaggregation": {"decode_prealloc_queue_reqs": 2, "decode_transfer_queue_reqs": 1},
+            },
+            4,
+        ),
+        ({"num_running_reqs": "many", "disaggregation": {"decode_transfer_queue_reqs": None}}, 0),
+    ],
+    ids=["sglang-prefill", "embedded-prefill", "embedded-decode", "nonsense"],
+)
+def test_requests_that_wait_for_a_peer_are_counted_once(rank: dict[str, Any], requests: int) -> None:
+    assert read_load({"loads": [rank]}).requests == requests

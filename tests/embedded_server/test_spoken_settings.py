@@ -22,6 +22,7 @@ from disagg.errors import ConfigError
         ("stall@transfer:65536,corrupt@transfer:0", Faults(stall=Point("transfer", 65536), corrupt=Point("transfer"))),
         ("early-end@token:3,garbage@token:4", Faults(early_end=Point("token", 3), garbage=Point("token", 4))),
         ("refuse:503,late-write,ignore-abort,lie-health", Faults(None, None, None, None, None, None, 1.0, 503, *[True] * 3)),
+        ("ignore-gone", Faults(ignore_gone=True)),
         ("refuse-switch", Faults(refuse_switch=True)),
         ("stall@head,leak", Faults(stall=Point("head"), leak=True)),
         ("stall@token:3", Faults(stall=Point("token", 3))),

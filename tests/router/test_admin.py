@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.fake_engine import until
+from disagg.cluster import orphans
+from tests.fake_engine import Call, answer_well, until
 from tests.router.conftest import CHAT, Rig
 
 
@@ -58,3 +63,69 @@ async def test_a_request_tells_its_story(rig: Rig) -> None:
         assert [r["id"] for r in (await response.json())["requests"]] == [request_id]
     async with await rig.session.get(rig.admin + "/admin/requests/nope") as response:
         assert response.status == 404
+
+
+async def test_what_is_held_on_engines_is_shown_while_it_is(rig: Rig) -> None:
+    gate = asyncio.Event()
+
+    async def wait(call: Call) -> None:
+        await gate.wait()
+        await answer_well(call)
+
+    rig.prefill.behave = rig.decode.behave = wait
+
+    async def kv() -> dict[str, Any]:
+        async with rig.session.get(rig.admin + "/admin/kv") as response:
+            found: dict[str, Any] = await response.json()
+            return found
+
+    assert await kv() == {"holds": [], "engines": [account("prefill-0"), account("decode-0")], "reaped": 0}
+    async with asyncio.TaskGroup() as group:
+        asked = group.create_task(rig.post({"model": "fake", "prompt": ["a", "b"]}, "/v1/completions"))
+        await until(lambda: len(rig.decode.calls) == 1)
+        holds = {h["engine"]: h for h in (await kv())["holds"]}
+        metrics = rig.metrics()
+        gate.set()
+    async with asked.result() as response:
+        request_id = response.headers["x-request-id"]
+        await response.read()
+    assert set(holds) == {"prefill-0", "decode-0"}
+    for engine, leg in (("prefill-0", "prefill"), ("decode-0", "decode")):
+        hold = holds[engine]
+        assert (hold["request"], hold["leg"], hold["phase"], hold["requests"]) == (request_id, leg, "prefilling", 2)
+        assert hold["rids"] == rig.decode.calls[0].rids
+        assert hold["age_s"] > 0
+    assert 'disagg_kv_holds{leg="decode",phase="prefilling"} 1.0' in metrics
+    await until(lambda: "disagg_kv_holds{" not in rig.metrics())
+    assert (await kv())["holds"] == []
+
+
+def account(engine: str) -> dict[str, Any]:
+    tokens = ("used_tokens", "explained_tokens", "drift_tokens", "orphan_tokens", "quarantined_tokens")
+    return {"id": engine, "capacity_tokens": 16384, **dict.fromkeys(tokens, 0), "orphan_for_s": 0.0, "note": ""}
+
+
+async def test_engines_given_by_url_may_have_other_clients_whose_work_is_left_alone(rig: Rig) -> None:
+    async with rig.session.post(rig.admin + "/admin/kv/reap?engine=decode-0", json={"cause": "why not"}) as response:
+        assert await response.json() == {"will": "nothing: an entry explains every request on every engine asked about", "why": "why not"}
+    async with rig.session.post(rig.admin + "/admin/kv/reap?engine=nobody") as response:
+        assert response.status == 404
+
+
+async def test_what_failed_is_remembered_until_its_engine_is_known_to_be_free_of_it(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode engine goes on although its connection is closed: it is told again by rid, and never to end all it has."""
+    monkeypatch.setattr(orphans, "GRACE_S", 0.2)
+    monkeypatch.setattr(orphans, "LATE_S", 0.2)
+    busy = asyncio.Event()
+
+    async def refuse(call: Call) -> None:
+        call.cut()
+
+    rig.decode.behave = refuse
+    monkeypatch.setattr(rig.decode, "live", rig.decode.live | {busy})  # one that no connection belongs to
+    async with await rig.post(CHAT) as response:
+        assert response.status >= 500
+    rids = {rid for call in rig.decode.calls for rid in call.rids}
+    before = len(rig.decode.aborted)
+    await until(lambda: rids <= set(rig.decode.aborted[before:]), 10.0)
+    assert "" not in rig.decode.aborted, "all of it is aborted only where nobody else may be"
