@@ -25,7 +25,8 @@ _CHAT_TEXT = re.compile(rb'"content":\s?"([^"\\]*(?:\\.[^"\\]*)*)"')
 _COMPLETION_TEXT = re.compile(rb'"text":\s?"([^"\\]*(?:\\.[^"\\]*)*)"')
 _TOKEN_IDS = re.compile(rb'"token_ids":\s?\[([0-9, ]+)\]')
 _FINISH = re.compile(rb'"finish_reason":\s?"(\w+)"')
-_USAGE_CHUNK = re.compile(rb'"choices":\s?\[\]')
+_NO_CHOICES = re.compile(rb'"choices":\s?\[\]')
+_USAGE = re.compile(rb'"usage":\s?\{')
 
 GapSink = Callable[[float, int], None]
 
@@ -114,9 +115,10 @@ class Journal:
         self._fold_gaps()
         if not self._first:
             self._first = self._reads[0][: self._reads[0].find(b"\n\n")]
-        self._last = self._reads[-1][-_TAIL:]
+        joined = b"".join(self._reads)
+        self._last = (self._last + joined[-_TAIL:])[-_TAIL:]  # the chunks that end a stream may come in several reads
         if not self.overflowed:
-            self._fold_text(b"".join(self._reads))
+            self._fold_text(joined)
         self._reads.clear()
         self._times.clear()
         self._unfolded = 0
@@ -164,7 +166,8 @@ class Journal:
     @property
     def saw_done(self) -> bool:
         """True when the last thing read was `[DONE]`: the engine ended its answer on purpose."""
-        return DONE_EVENT in (self._reads[-1] if self._reads else self._last)
+        last = self._reads[-1] if self._reads else self._last
+        return last.startswith(DONE_EVENT, last.rfind(b"data: "))
 
     def text(self) -> str:
         """The text that was passed on so far.
@@ -185,19 +188,20 @@ class Journal:
         Raises:
             ValueError: it overflowed, or what it holds is not in the shape of its route.
         """
-        tail = self._last + b"".join(self._reads)
         text = self.text()
+        tail = self._last
         if self._route is Route.GENERATE:
             return self._said_natively(text)
         first = msgspec.json.decode(self._first[self._first.index(b"data:") + 5 :], type=dict[str, Any])
         finish = _FINISH.search(tail)
-        ends = (1 if finish else 0) + tail.count(DONE_EVENT) + len(_USAGE_CHUNK.findall(tail))
+        last = [event for event in tail.split(b"\n\n") if _NO_CHOICES.search(event)]
+        ends = (1 if finish else 0) + tail.count(DONE_EVENT) + len(last)
         return Said(
             text,
             [int(i) for piece in self._ids for i in piece.split(b",")] if self.with_ids else None,
             first,
             finish=finish[1].decode() if finish else "",
-            usage=_USAGE_CHUNK.search(tail) is not None,
+            usage=any(_USAGE.search(event) for event in last),
             opaque=self.events - ends > self._pieces,
         )
 

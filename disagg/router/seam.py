@@ -33,12 +33,19 @@ _TOKENIZED = (
     "messages",
     "tools",
     "tool_choice",
+    "reasoning",
     "reasoning_effort",
+    "thinking",
+    "task",
     "continue_final_message",
     "chat_template_kwargs",
-    "add_generation_prompt",
 )
-_NEUTRAL = {"repetition_penalty": (None, 1, 1.0), "response_format": (None, {"type": "text"})}
+"""What the ids of a chat depend on. `add_generation_prompt` is none of them: a chat does not know it, /v1/tokenize does."""
+_NEUTRAL = {
+    "repetition_penalty": (None, 1, 1.0),
+    "response_format": (None, {"type": "text"}),
+    "beam_width": (None, 1),
+}
 
 Fields = Mapping[str, Any]
 
@@ -55,12 +62,22 @@ def _any_of(*names: str) -> Callable[[Fields], bool]:
     return lambda fields: any(fields.get(n) not in _NEUTRAL.get(n, (None, 0, False, "", [], {})) for n in names)
 
 
+def _messages(fields: Fields) -> list[Fields]:
+    return [m for m in fields.get("messages") or () if isinstance(m, dict)]
+
+
 def _tools(fields: Fields) -> bool:
-    return bool(fields.get("tools")) and fields.get("tool_choice") != "none"
+    offered = fields.get("tools") or any(m.get("tools") for m in _messages(fields))
+    return bool(offered) and fields.get("tool_choice") != "none"
+
+
+def _logprobs(fields: Fields) -> bool:
+    asked = fields.get("logprobs")  # 0 of a completion asks for those of the tokens themselves
+    return (asked is not None and asked is not False) or _any_of("return_logprob")(fields)
 
 
 def _media(fields: Fields) -> bool:
-    contents = [m.get("content") for m in fields.get("messages") or () if isinstance(m, dict)]
+    contents = [m.get("content") for m in _messages(fields)]
     parts = [part for c in contents if isinstance(c, list) for part in c]
     return any(not isinstance(p, dict) or p.get("type") != "text" for p in parts)
 
@@ -81,9 +98,11 @@ OBSTACLES = (
     Obstacle(
         "logprobs",
         "they were told for tokens that are computed again, or at positions that would shift",
-        _any_of("logprobs", "return_logprob"),
+        _logprobs,
     ),
     Obstacle("custom processor", "it may hold state", _any_of("custom_logit_processor", "custom_params", "session_params")),
+    Obstacle("watermark", "it is drawn from the tokens of the answer", _any_of("watermark")),
+    Obstacle("thinking budget", "it counts from the answer's beginning", _any_of("max_thinking_tokens")),
     Obstacle("stop_regex", "a match may begin before the seam", _any_of("stop_regex")),
     Obstacle(
         "stop strings that are kept",
@@ -94,13 +113,35 @@ OBSTACLES = (
     Obstacle(
         "per-token returns",
         "they were told for tokens that are computed again",
-        _any_of("return_hidden_states", "return_routed_experts", "return_token_ids"),
+        _any_of(
+            "return_hidden_states",
+            "return_routed_experts",
+            "return_indexer_topk",
+            "return_sampling_mask",
+            "sampling_logprobs_mode",
+            "return_entropy",
+            "return_token_ids",
+            "return_output_ids_in_sglext",
+        ),
+    ),
+    Obstacle(
+        "returns of the whole request",
+        "they would tell of the continuation alone",
+        _any_of("return_prompt_token_ids", "return_input_ids_in_sglext", "return_cached_tokens_details", "return_spec_tokens_details"),
     ),
     Obstacle("media", "only text can be tokenized again", _media),
-    Obstacle("media data", "only text can be tokenized again", _any_of("image_data", "audio_data", "video_data")),
-    Obstacle("penalties of a beam", "its candidates are gone", _any_of("use_beam_search")),
+    Obstacle(
+        "media data",
+        "only text can be tokenized again",
+        _any_of("image_data", "audio_data", "video_data", "positional_embed_overrides"),
+    ),
+    Obstacle("beam search", "its candidates are gone", _any_of("beam_width", "use_beam_search")),
 )
 """What keeps a stream from going on; a stream of several prompts, or one that holds tool calls or reasoning, cannot either."""
+
+
+OBSTACLE_NAMES = tuple(o.name for o in OBSTACLES)
+"""For the documentation: each of them is told to the client in the sentence of the error event."""
 
 
 def sampling_of(route: Route, fields: Fields) -> Fields:
@@ -125,16 +166,19 @@ def question(route: Route, fields: Fields) -> tuple[Sequence[int] | None, dict[s
         return given, {}
     model = {"model": fields["model"]} if fields.get("model") else {}
     if route is Route.CHAT:
-        return None, {**model, **{k: fields[k] for k in _TOKENIZED if k in fields}}
+        return None, {**model, **{k: fields[k] for k in _TOKENIZED if fields.get(k) is not None}}
     return None, {**model, "prompt": given if route is Route.COMPLETIONS else fields["text"]}
 
 
 def token_limit(route: Route, fields: Fields) -> int | None:
-    """How many tokens the whole answer may have; None for as many as fit."""
+    """How many tokens the whole answer may have; None for as many as fit.
+
+    Of a chat's two limits SGLang takes `max_completion_tokens`; an explicit null on the native route means as many as fit.
+    """
     if route is Route.GENERATE:
-        found = sampling_of(route, fields).get("max_new_tokens")
-    else:
-        found = fields.get("max_completion_tokens") or fields.get("max_tokens")
+        sampling = sampling_of(route, fields)
+        return sampling["max_new_tokens"] if "max_new_tokens" in sampling else DEFAULT_TOKENS[route]
+    found = (fields.get("max_completion_tokens") if route is Route.CHAT else None) or fields.get("max_tokens")
     return found or DEFAULT_TOKENS[route]
 
 
@@ -239,10 +283,16 @@ class Seam:
         taken = len(self._taken)
         whole = self._text + value["text"]
         self._made = info["completion_tokens"]
+        if len(value["output_ids"]) != self._made:
+            raise EngineError("the engine that went on sends pieces of its answer, where the whole of it is known to come")
+        if whole[: len(self._said.text)] != self._said.text[: len(whole)]:
+            raise _other_words()
         value["output_ids"] = self._taken + value["output_ids"]
         info["id"] = self._said.first["meta_info"]["id"]
         info["prompt_tokens"] -= taken
         info["completion_tokens"] += taken
+        if "cached_tokens" in info:
+            info["cached_tokens"] = min(info["cached_tokens"], info["prompt_tokens"])
         finish = info.get("finish_reason")
         if isinstance(finish, dict) and "length" in finish:
             finish["length"] += taken
@@ -264,18 +314,24 @@ class Seam:
             taken = len(self._taken)
             usage["prompt_tokens"] -= taken
             usage["completion_tokens"] += taken
+            if details := usage.get("prompt_tokens_details"):
+                details["cached_tokens"] = min(details.get("cached_tokens") or 0, usage["prompt_tokens"])
         if not value.get("choices"):
             return value
         choice = value["choices"][0]
         holder, key = (choice["delta"], "content") if self._route is Route.CHAT else (choice, "text")
         piece = holder.get(key) or ""
-        self._made += len(choice.get("token_ids") or (piece,))
+        ids = choice.get("token_ids")
+        self._made += len(ids) if ids is not None else bool(piece)
+        more = self._route is Route.CHAT and any(holder.get(k) for k in holder.keys() - {"role", "content"})
+        if more and self._said.text:
+            raise EngineError("the engine that went on said more than text")
         if piece:
             piece = holder[key] = self._new(piece)
             if self.stopped:
                 choice["finish_reason"], choice["matched_stop"] = "stop", self.stopped
         holder.pop("role", None)
-        return value if piece or choice.get("finish_reason") or choice.get("token_ids") else None
+        return value if piece or ids or more or choice.get("finish_reason") else None
 
     def _new(self, piece: str) -> str:
         """What of B's text the client has not seen."""
@@ -286,7 +342,7 @@ class Seam:
         if self._overlap:
             known = min(len(self._overlap), len(piece))
             if not self._overlap.startswith(piece[:known]):
-                raise EngineError("the engine that went on said something else than the one that broke")
+                raise _other_words()
             self._overlap, piece = self._overlap[known:], piece[known:]
         return piece
 
@@ -308,6 +364,10 @@ class Seam:
         )
 
 
+def _other_words() -> EngineError:
+    return EngineError("the engine that went on said something else than the one that broke")
+
+
 def closing(route: Route, said: Said, *, finish: str, prompt: int, made: int, usage: bool) -> bytes:
     """The events that end an answer whose text is complete. Without `[DONE]`.
 
@@ -325,14 +385,15 @@ def closing(route: Route, said: Said, *, finish: str, prompt: int, made: int, us
         info = {**said.first["meta_info"], "finish_reason": {"type": finish, "length": made}}
         return encode_event({**said.first, "meta_info": info})
     events = b""
+    first = {**said.first, "usage": None}
     if finish:
         empty: dict[str, Any] = {"delta": {}} if route is Route.CHAT else {"text": ""}
         events = encode_event(
-            {**said.first, "choices": [{"index": 0, **empty, "logprobs": None, "finish_reason": finish, "matched_stop": None}]}
+            {**first, "choices": [{"index": 0, **empty, "logprobs": None, "finish_reason": finish, "matched_stop": None}]}
         )
     if usage:
         counts = {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
-        events += encode_event({**said.first, "choices": [], "usage": counts})
+        events += encode_event({**first, "choices": [], "usage": counts})
     return events
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -13,11 +13,14 @@ from disagg.router.client import Client
 from disagg.router.journal import GapSink, Journal, Said
 from disagg.router.legs import EventLeg, SeamLeg, StreamLeg
 from disagg.router.openai import DONE_EVENT, ClientRequest, Route
-from disagg.router.seam import Seam, aligned, closing, continued, decode_fields, question, stops_of, token_limit, why_not
+from disagg.router.seam import Seam, aligned, closing, continued, decode_fields, question, sampling_of, stops_of, token_limit, why_not
 
 LOOK_BACK = 16
 """So many of the last ids may be left off, until the text of the others is one that the client has: what an engine holds back of a
-character, or of a stop string."""
+character, or of a stop string (of a long one so many more, up to four times as many)."""
+PROMPT_TAIL = 5
+"""So many of the prompt's ids stand before the answer's when its text is asked for, as with SGLang: a tokenizer may not know otherwise
+whether a word begins with a space."""
 
 Ask = Callable[[str, Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
 """Posts JSON to a path of some engine that serves the model; raises EngineError."""
@@ -40,6 +43,7 @@ class Stream:
         self._rest = rest
         self._seam: Seam | None = None
         self._attempts: list[Attempt] = []
+        self._context = 0
 
     @property
     def first_token_at(self) -> float:
@@ -61,10 +65,14 @@ class Stream:
         Raises:
             EngineError: it cannot go on, with the reason.
         """
+        if self.journal.saw_done:
+            return b"", b""
         try:
             said = self.journal.said()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise EngineError("what it said so far is too long or not in the shape of its route") from error
+        if said.usage:
+            return b"", b""  # whatever it was, it is complete
         request, fields = self._request, decode_fields(self._rest)
         if request.prompts is not None:
             raise EngineError("it holds the answers to several prompts")
@@ -72,18 +80,25 @@ class Stream:
             raise EngineError("it holds several samples")
         if reason := why_not(request.route, fields, said):
             raise EngineError(reason)
-        return await self._continue(said, fields, ask)
+        try:
+            return await self._continue(said, fields, ask)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise EngineError("an engine told of a text or of ids in a shape that nobody knows") from error
 
     async def _continue(self, said: Said, fields: Mapping[str, Any], ask: Ask) -> tuple[bytes, bytes]:
         route, usage = self._request.route, self._request.include_usage
+        if said.finish and not (usage and route is not Route.GENERATE):
+            return b"", b""
         prompt, asked = question(route, fields)
         if prompt is None:
             prompt = _ids(await ask("/v1/tokenize", asked))
         if said.finish:
             made = len(said.ids if said.ids is not None else await self._tokenized(said.text, ask))
-            return b"", closing(route, said, finish="", prompt=len(prompt), made=made, usage=usage and not said.usage)
-        taken, overlap, text = await self._taken(said, ask)
+            return b"", closing(route, said, finish="", prompt=len(prompt), made=made, usage=True)
+        taken, overlap, text = await self._taken(said, prompt, fields, ask)
         limit = token_limit(route, fields)
+        if self._context and len(prompt) + len(taken) >= self._context:
+            limit = len(taken)
         if limit is not None and limit <= len(taken):
             return b"", closing(route, said, finish="length", prompt=len(prompt), made=len(taken), usage=usage)
         self._seam = Seam(
@@ -100,19 +115,37 @@ class Stream:
         body = continued(route, fields, [*prompt, *taken], None if limit is None else limit - len(taken))
         return msgspec.json.encode(body)[1:], b""
 
-    async def _taken(self, said: Said, ask: Ask) -> tuple[Sequence[int], str, str]:
-        """The answer's ids that the next engine gets, what it will say again of the text, and the ids' text."""
-        if said.ids:
-            for fewest in (len(said.ids), max(0, len(said.ids) - LOOK_BACK)):
-                counts = range(fewest, len(said.ids) + 1)
-                texts = await ask("/v1/detokenize", {**self._model, "tokens": [list(said.ids[:n]) for n in counts if n]})
-                known = dict(zip([n for n in counts if n], texts["text"], strict=True)) | ({0: ""} if fewest == 0 else {})
-                n = aligned(said.text, known)
-                if n is not None:
-                    return said.ids[:n], said.text[len(known[n]) :], known[n]
-        elif self._request.route is Route.GENERATE and not said.text:
-            return [], "", ""
-        return await self._tokenized(said.text, ask), "", said.text
+    async def _taken(self, said: Said, prompt: Sequence[int], fields: Mapping[str, Any], ask: Ask) -> tuple[Sequence[int], str, str]:
+        """The answer's ids that the next engine gets, what it will say again of the text, and the ids' text.
+
+        Ids at the end that say nothing are left off: the token that ended the answer may be among them, and the next engine finds it again.
+        """
+        if not said.ids:
+            return await self._tokenized(said.text, ask), "", said.text
+        held_back = max(map(len, stops_of(self._request.route, fields)), default=0)
+        known, silent = await self._texts(said.ids, min(LOOK_BACK + held_back, 4 * LOOK_BACK), prompt, fields, ask)
+        n = aligned(said.text, known)
+        if n is None:
+            return await self._tokenized(said.text, ask), "", said.text
+        while n - 1 in known and said.ids[n - 1] in silent:
+            n -= 1
+        return said.ids[:n], said.text[len(known[n]) :], known[n]
+
+    async def _texts(
+        self, ids: Sequence[int], back: int, prompt: Sequence[int], fields: Mapping[str, Any], ask: Ask
+    ) -> tuple[Mapping[int, str], Collection[int]]:
+        """The texts of the answer's beginnings by their numbers of ids, down to `back` less than all; and the ids without text."""
+        counts = range(max(0, len(ids) - back), len(ids) + 1)
+        alone = sorted(set(ids[counts[0] :]))
+        shown = {"skip_special_tokens": False} if sampling_of(self._request.route, fields).get("skip_special_tokens") is False else {}
+        before, texts = "", []
+        for tail in (list(prompt[-PROMPT_TAIL:]), []):
+            tokens = [tail, *([*tail, *ids[:n]] for n in counts), *([*tail, i] for i in alone)]
+            before, *texts = (await ask("/v1/detokenize", {**self._model, **shown, "tokens": tokens}))["text"]
+            if not before.endswith("\N{REPLACEMENT CHARACTER}"):
+                break  # else the prompt ends inside of a character, and nobody knows whose it is
+        known = {n: text[len(before) :] for n, text in zip(counts, texts, strict=False)}
+        return known, {i for i, text in zip(alone, texts[len(counts) :], strict=True) if text == before}
 
     async def _tokenized(self, text: str, ask: Ask) -> Sequence[int]:
         return _ids(await ask("/v1/tokenize", {**self._model, "prompt": text, "add_special_tokens": False})) if text else []
@@ -129,7 +162,8 @@ class Stream:
         if isinstance(leg, EventLeg) and not isinstance(leg, SeamLeg):
             leg.events += [event for event in missing.split(b"\n\n") if event]
         else:
-            client.write(client.frame(missing + DONE_EVENT))
+            if not self.journal.saw_done:
+                client.write(client.frame(missing + DONE_EVENT))
             client.end_stream()
 
     def leg(self, attempt: Attempt, number: int, client: Client) -> DecodeLeg:
@@ -146,7 +180,8 @@ class Stream:
 
     def _note(self, attempt: Attempt) -> None:
         self._attempts.append(attempt)
-        self.journal.with_ids = attempt.choice.decode.facts.stream_token_ids
+        facts = attempt.choice.decode.facts
+        self.journal.with_ids, self._context = facts.stream_token_ids, facts.context_tokens
 
 
 def _ids(answer: Mapping[str, Any]) -> Sequence[int]:
