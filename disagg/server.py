@@ -165,6 +165,7 @@ async def router_running(
         )
         controller.attach(relay, head, examiner if canaries else None)
         metrics.canaries = examiner.outcomes
+        metrics.ejections = controller.ejections
         orders = Orders(controller, head)
         metrics.control = orders
         metrics.prefixes = controller.prefixes

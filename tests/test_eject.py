@@ -219,7 +219,7 @@ def test_a_cut_pair_heals_by_a_probe_and_only_by_one() -> None:
     assert rig.cut == {(P0, D0)}
     assert rig.feed(Tick(), CUT_S + 1.0) == [], "one probe at a time"
     rig.feed(Probed(P0, D0, False, "no answer within 4 s"), CUT_S + 4.0)
-    assert rig.machine.cut == {(P0, D0): "not paired until a probe passes: no answer within 4 s"}
+    assert rig.machine.cut == {(P0, D0): "until a probe passes: no answer within 4 s"}
     assert rig.machine.next_deadline() == 2 * CUT_S, "the next one is not put off by a probe that took long"
     assert rig.feed(Tick(), 2 * CUT_S) == [ProbePair(P0, D0)]
     assert rig.feed(Probed(P0, D0, True), 2 * CUT_S + 0.1) != []

@@ -234,7 +234,7 @@ class Ejector:
     @property
     def cut(self) -> Mapping[Pair, str]:
         """Which pairs are not used, with the reason."""
-        return {pair: f"not paired until a probe passes: {cut.why}" for pair, cut in self._cuts.items()}
+        return {pair: f"until a probe passes: {cut.why}" for pair, cut in self._cuts.items()}
 
     @property
     def weights(self) -> Mapping[EngineId, float]:
@@ -354,8 +354,10 @@ class Ejector:
             return [Changed(f"{pair[0]} is paired with {pair[1]} again: a probe passed")]
         cut.until = max(now, cut.probing_since + CUT_S)
         cut.probing_since = None
-        cut.why = probed.what or cut.why
-        return []
+        if probed.what in {"", cut.why}:
+            return []
+        cut.why = probed.what
+        return [Changed(f"{pair[0]} is still not paired with {pair[1]}: {cut.why}")]
 
     def _tick(self, now: float) -> list[Command]:
         commands: list[Command] = []
