@@ -89,6 +89,7 @@ LINES_BURST = 500.0
 ADDITIONS_PER_S = 0.1
 ADDITIONS_BURST = 128.0
 ENGINES_PER_HOST = 64
+AWAKE_S = 1.0
 PACE_S = 1.0
 PAIR_PROBE_LIMIT_S = 4.0
 """A probe of a cut pair fails before the next one is due: a link is found to be well again within five seconds and a probe's time."""
@@ -132,6 +133,7 @@ class Controller:
         flips: those that ended, by roles and outcome.
         prefixes: what the engines' prefix caches hold, where they say so.
         ejections: engines and pairs that were taken out because they failed, by reason.
+        pace: what the relay measures of the engines; None where nothing is measured.
     """
 
     def __init__(
@@ -169,13 +171,14 @@ class Controller:
         self.ejections: Counter[str] = Counter()
         self._ejector = ejector if ejector is not None else Ejector()
         self._roster: tuple[Any, ...] = ()
-        self._pace: Pace | None = None
+        self.pace: Pace | None = None
         self._paced_at = now
         self._processes: dict[int, tuple[object, ...]] = {}
         self._change_ids = 0
         self._waiting: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._stale_at: float | None = None  # since when the view shows loads that are not the newest
-        self._stalled_at = 0.0
+        self._stalled_at = float("-inf")
+        self._beat_at = float("inf")
         self._data: DataPath | None = None
         self._control: Hosts | None = None
         self._wake = asyncio.Event()
@@ -186,7 +189,7 @@ class Controller:
     def attach(self, data: DataPath, control: Hosts | None = None, examiner: Examiner | None = None, pace: Pace | None = None) -> None:
         """Makes it known to the relay, the control plane and the examiner, which are built after it, and to what the relay measures."""
         self._data = data
-        self._pace = pace
+        self.pace = pace
         self._control = control
         self.examiner = examiner
 
@@ -201,7 +204,7 @@ class Controller:
 
     async def _beat_on(self) -> None:
         while True:
-            expected = self._loop.time() + BEAT_S
+            expected = self._beat_at = self._loop.time() + BEAT_S
             try:
                 async with asyncio.timeout_at(expected):
                     await self._wake.wait()
@@ -405,7 +408,7 @@ class Controller:
     # --- the sick
 
     def fault(self, choice: Choice, blame: Blame, what: str, *, engine: EngineId | None = None) -> None:
-        """An attempt failed.
+        """An attempt failed. Not held against anybody when the router itself did not run at the time.
 
         Args:
             choice: the engines it went to.
@@ -414,6 +417,8 @@ class Controller:
             engine: whose leg it was, where one engine is to blame; without it, decode's.
         """
         prefill, decode = choice.prefill, choice.decode
+        if self._was_asleep(self._loop.time()):
+            return
         if blame is Blame.PAIR and prefill is not None:
             if self._is_current(prefill) and self._is_current(decode):
                 self._treat(PairFaulted(prefill.id, decode.id, what))
@@ -429,6 +434,10 @@ class Controller:
     def served(self, choice: Choice) -> None:
         """An answer came to its end as it should."""
         self._treat(Served(choice.decode.id))
+
+    def _was_asleep(self, now: float) -> bool:
+        """What is late just now is late because of the router: its deadlines come before what waits in its sockets is read."""
+        return now - self._beat_at > LAG_S or now - self._stalled_at < AWAKE_S
 
     def _is_current(self, engine: EngineView) -> bool:
         """What a process did that is gone is not held against the one that took its place."""
@@ -447,16 +456,16 @@ class Controller:
             process = (engine.address.pid, engine.address.role, engine.state in _ANEW)
             if self._processes.setdefault(engine.slot, process) != process:
                 self._processes[engine.slot] = process
-                if self._pace is not None:
-                    self._pace.forget(engine.slot)
+                if self.pace is not None:
+                    self.pace.forget(engine.slot)
 
     def _look_at_sick(self, now: float) -> None:
         due = self._ejector.next_deadline()
         if due is not None and now >= due:
             self._treat(EjectorTick())
-        if self._pace is not None and now - self._paced_at >= PACE_S:
+        if self.pace is not None and now - self._paced_at >= PACE_S:
             self._paced_at = now
-            self._treat(Paced(self._measures(self._pace)))
+            self._treat(Paced(self._measures(self.pace)))
 
     def _measures(self, pace: Pace) -> dict[EngineId, tuple[float, int]]:
         found = {}

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 import msgspec
 import pytest
 
+from disagg.cluster.controller import BEAT_S, LAG_S
+from disagg.handoff import Limits
 from disagg.model import Choice, EngineId, EngineState, Role
 from disagg.policy.eject import Command, Ejector, Event
+from disagg.policy.pace import Pace
 from disagg.policy.replay import Blame
 from disagg.status import table
 from tests.fake_engine import Call, answer_well, until
@@ -75,6 +80,38 @@ async def test_what_a_process_did_that_is_gone_is_not_held_against_the_next_one(
         for _ in range(5):
             rig.router.controller.fault(msgspec.structs.replace(pair, decode=old), Blame.ENGINE, "x", engine=D0)
         assert rig.state(D0) == "ready"
+
+
+async def test_what_is_late_because_the_router_slept_is_nobodys_fault() -> None:
+    async with running_rig(*FOUR) as rig:
+        time.sleep(LAG_S + 3 * BEAT_S)  # noqa: ASYNC251  # that is the fault
+        for _ in range(5):
+            rig.router.controller.fault(choice(rig, P0, D0), Blame.ENGINE, "x", engine=D0)
+            rig.router.controller.fault(choice(rig, P0, D0), Blame.PAIR, "x")
+        assert not rig.router.controller.view.cut
+        assert rig.state(D0) == "ready"
+        await until(lambda: _counts(rig, D0), HEAL_S)
+
+
+def _counts(rig: Rig, engine: EngineId) -> bool:
+    rig.router.controller.fault(choice(rig, P0, engine), Blame.ENGINE, "x", engine=engine)
+    return rig.state(engine) == "suspect"
+
+
+async def test_a_slow_engine_gets_less_and_its_measures_end_with_its_process() -> None:
+    async with running_rig(*FOUR) as rig:
+        controller, pace = rig.router.controller, Pace(Limits(), 600.0)
+        pace.grow(4)
+        controller.pace = pace
+        for slot, step_s in ((2, 0.08), (3, 0.02)):
+            pace.token_gap(slot, step_s, 100)
+        await until(lambda: controller.view.engines[2].weight > 1.0)
+        assert controller.view.engines[2].weight == pytest.approx(4.0)
+        assert "it is 4 times as slow as the median of its pool" in await status(rig)
+        await rig.engine(Role.DECODE).stop()
+        await until(lambda: rig.state(D0) == "dead", HEAL_S)
+        assert pace.step_s(2) is None
+        assert pace.step_s(3) == 0.02
 
 
 class Link:
