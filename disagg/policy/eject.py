@@ -375,7 +375,6 @@ class Ejector:
     def _bring_back(self, engine: _Engine, now: float) -> None:
         engine.out_until = None
         engine.back_at = engine.fresh_at = now
-        engine.stale = True  # what was measured before says nothing of how it is now
         engine.well()
 
     # --- slowness
