@@ -56,12 +56,14 @@ class Limits(msgspec.Struct, frozen=True):
 
     Attributes:
         connect_s: until both engines are connected.
+        handover_s: from sending to the end of prefill's answer, which comes when the KV cache is handed over.
         first_token_s: from sending to decode's first byte (for a whole answer: to its end, as nothing is seen before).
         between_tokens_s: between two reads from decode.
         linger_s: how long prefill's answer may outlive decode's before it is aborted.
     """
 
     connect_s: float = 2.0
+    handover_s: float = 60.0
     first_token_s: float = 60.0
     between_tokens_s: float = 60.0
     linger_s: float = 5.0
@@ -254,13 +256,15 @@ class Handoff:
         self.prefill_live = self.paired
         self.decode_live = True
         self._sent_at = now
-        self._wait_until(now + self._limits.first_token_s)
+        limits = self._limits
+        self._wait_until(now + (min(limits.handover_s, limits.first_token_s) if self.paired else limits.first_token_s))
         return []
 
     def _prefill_finished(self, _event: Any, _now: float) -> list[Command]:
         self.prefill_live = False
         if self.state is State.PREFILLING:
             self.state = State.TRANSFERRING
+            self._wait_until(self._sent_at + self._limits.first_token_s)
         return []
 
     def _prefill_failed(self, event: PrefillFailed, now: float) -> list[Command]:
@@ -324,7 +328,9 @@ class Handoff:
         if self.state is State.DECODING:
             why = f"the decode engine sent nothing for {self._limits.between_tokens_s:g} s in the middle of its answer"
             return EngineTimeoutError(why)
-        return EngineTimeoutError(f"no answer began within {self._limits.first_token_s:g} s")
+        if self.state is State.PREFILLING and self.paired and self._limits.handover_s < self._limits.first_token_s:
+            return EngineTimeoutError(f"the prompt was not read and handed over within {self._limits.handover_s:.3g} s")
+        return EngineTimeoutError(f"no answer began within {self._limits.first_token_s:.3g} s")
 
     def _fail(self, error: DisaggError, now: float) -> list[Command]:
         self.state = State.FAILED

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
-from typing import NewType
+from typing import Any, NewType
 
 import msgspec
 
@@ -192,6 +192,7 @@ class EngineView(msgspec.Struct, frozen=True):
         still_s: for how long it made no progress although it had work.
         unpaired: why no ready engine of the other role can take part in a pair with it; empty when one can, or none is ready.
         owned: its agent started it and nobody else sends requests there; not known of one that was given by URL or attached.
+        weight: how many requests one request on it counts for when the least loaded is looked for: more than 1 for a slow one.
     """
 
     address: EngineAddress
@@ -204,6 +205,7 @@ class EngineView(msgspec.Struct, frozen=True):
     still_s: float = 0.0
     unpaired: str = ""
     owned: bool = False
+    weight: float = 1.0
 
     @property
     def id(self) -> EngineId:
@@ -248,6 +250,7 @@ class ClusterView(msgspec.Struct, frozen=True):
         may_join: hosts can join this router, so that an empty view is not a mistake.
         quarantined: the pairs, and unified engines as (None, engine), whose answers are wrong, with the reason; no pool pairs them.
         proving: the pools as they would be without any quarantine.
+        cut: the pairs that are not used for a while because their handoffs fail, with the reason; no pool pairs them.
     """
 
     engines: tuple[EngineView, ...] = ()
@@ -256,6 +259,7 @@ class ClusterView(msgspec.Struct, frozen=True):
     may_join: bool = False
     quarantined: Mapping[tuple[EngineId | None, EngineId], str] = {}
     proving: tuple[Pool, ...] = ()
+    cut: Mapping[tuple[EngineId, EngineId], str] = {}
 
     @classmethod
     def of(
@@ -265,18 +269,34 @@ class ClusterView(msgspec.Struct, frozen=True):
         *,
         may_join: bool = False,
         quarantined: Mapping[tuple[EngineId | None, EngineId], str] | None = None,
+        ejected: Mapping[EngineId, str] | None = None,
+        cut: Mapping[tuple[EngineId, EngineId], str] | None = None,
+        weights: Mapping[EngineId, float] | None = None,
     ) -> ClusterView:
-        """Builds a view and its pools from engines in the order of their slots."""
-        engines, bad = tuple(engines), quarantined or {}
+        """Builds a view and its pools from engines in the order of their slots.
+
+        Args:
+            engines: as their detectors see them.
+            hosts: that have joined.
+            may_join: hosts can join.
+            quarantined: as the attribute.
+            ejected: the engines that get no new work although they are ready, with the reason; they are shown as suspect.
+            cut: as the attribute.
+            weights: of the engines that are slower than others.
+        """
+        engines, wrong, cut = tuple(engines), quarantined or {}, cut or {}
+        bad: _Bad = {**{pair: f"quarantined, {why}" for pair, why in wrong.items()}, **cut} if wrong or cut else {}
+        if ejected or weights:
+            engines = tuple(_treated(e, (ejected or {}).get(e.id, ""), (weights or {}).get(e.id, 1.0)) for e in engines)
         ready = [e for e in engines if e.state is EngineState.READY and not e.facts.part]
         models = sorted({e.facts.model for e in ready})
         pools = {m: _pool([e for e in ready if e.facts.model == m], bad) for m in models}
-        proving = tuple(_pool([e for e in ready if e.facts.model == m], {}) for m in models) if bad else tuple(pools.values())
-        lone = {e.id: e for pool in pools.values() if pool.islands or not pool.can_pair for e in _lone(pool, engines, bad)}
-        lone |= {e.id: _unpaired(e, f"is quarantined: {bad[None, e.id]}") for e in ready if (None, e.id) in bad}
+        proving = tuple(_pool([e for e in ready if e.facts.model == m], cut) for m in models) if wrong else tuple(pools.values())
+        lone = {e.id: e for pool in pools.values() if pool.islands or not pool.can_pair for e in _lone(pool, engines, bad, cut)}
+        lone |= {e.id: _unpaired(e, f"is quarantined: {wrong[None, e.id]}") for e in ready if (None, e.id) in wrong}
         if lone:
             engines = tuple(lone.get(e.id, e) for e in engines)
-        return cls(engines, pools, tuple(hosts), may_join, bad, proving)
+        return cls(engines, pools, tuple(hosts), may_join, wrong, proving, cut)
 
     def may_serve(self, model: str) -> bool:
         """True when engines for this model are there, whatever they do at the moment: it is worth waiting for them.
@@ -312,7 +332,14 @@ class ClusterView(msgspec.Struct, frozen=True):
         return f"no ready {' and no ready '.join(missing)} engine ({states})"
 
 
-_Bad = Mapping[tuple[EngineId | None, EngineId], str]
+_Bad = Mapping[Any, str]  # by pair, as (prefill, decode), and by unified engine, as (None, engine)
+
+
+def _treated(engine: EngineView, ejected: str, weight: float) -> EngineView:
+    """A ready engine that is ejected gets no new work; what runs goes on."""
+    if ejected and engine.state is EngineState.READY:
+        return msgspec.structs.replace(engine, state=EngineState.SUSPECT, reason=ejected, weight=weight)
+    return engine if weight == engine.weight else msgspec.structs.replace(engine, weight=weight)
 
 
 def _pool(engines: Sequence[EngineView], bad: _Bad) -> Pool:
@@ -344,14 +371,15 @@ def _unpaired(engine: EngineView, why: str) -> EngineView:
     return msgspec.structs.replace(engine, unpaired=why)
 
 
-def _lone(pool: Pool, everyone: Sequence[EngineView], bad: _Bad) -> Iterable[EngineView]:
+def _lone(pool: Pool, everyone: Sequence[EngineView], bad: _Bad, cut: _Bad) -> Iterable[EngineView]:
     """The ready engines that no ready engine of the other role can be paired with, with the reason."""
     for engines, fellows, role in ((pool.prefill, pool.decode, Role.DECODE), (pool.decode, pool.prefill, Role.PREFILL)):
         others = fellows or _strangers(engines, role, everyone)
         for engine in engines:
             if others and not _fitting(engine, fellows, bad):
-                why = _difference(engine, others[0]) or f"quarantined, {bad.get(_ordered(engine, others[0]), '')}"
-                yield _unpaired(engine, f"is never paired with {others[0].id}: {why}")
+                pair = _ordered(engine, others[0])
+                why = _difference(engine, others[0]) or bad.get(pair, "")
+                yield _unpaired(engine, f"is {'not' if pair in cut else 'never'} paired with {others[0].id}: {why}")
 
 
 def _strangers(engines: tuple[EngineView, ...], role: Role, everyone: Sequence[EngineView]) -> tuple[EngineView, ...]:

@@ -36,6 +36,7 @@ from disagg.model import EngineAddress, EngineId, EngineState, EngineView, Role
 from disagg.observe.log import make_logger
 from disagg.observe.metrics import RouterMetrics
 from disagg.policy.holds import Hold
+from disagg.policy.pace import Pace
 from disagg.router.admin import admin_app, no_control_plane
 from disagg.router.admission import Admission
 from disagg.router.app import PublicListener
@@ -157,7 +158,9 @@ async def router_running(
         )
         metrics = RouterMetrics(lambda: controller.view)
         ids = Ids(entropy)
+        pace = Pace(_limits(config), section.whole_answer_timeout_s)
         admission = Admission(
+            pace=pace,
             view=lambda: controller.view,
             timeout_s=section.queue_timeout_s,
             chance=ids.chance,
@@ -167,9 +170,10 @@ async def router_running(
         relay = Relay(
             view=lambda: controller.view,
             limits=_limits(config),
-            whole_answer_s=section.whole_answer_timeout_s,
             metrics=metrics,
             admission=admission,
+            pace=pace,
+            on_handed_over=controller.handed_over,
             random_room=ids.room,
             spawn=spawn,
             on_refused=controller.refused,
@@ -180,6 +184,7 @@ async def router_running(
         owner = Owner(
             relay=relay,
             admission=admission,
+            watch=controller,
             view=lambda: controller.view,
             metrics=metrics,
             queue_s=section.queue_timeout_s,
@@ -200,12 +205,13 @@ async def router_running(
         examiner = Examiner(
             view=lambda: controller.view, ask=relay.ask, spawn=spawn, new_salt=ids.request_id, on_judged=controller.judged, log=log
         )
-        controller.attach(relay, head, examiner if canaries else None)
+        controller.attach(relay, head, examiner if canaries else None, pace)
         metrics.canaries = examiner.outcomes
         reaper = controller.watch_for_orphans(relay)
         metrics.orphans = reaper.actions
         metrics.holds = lambda: relay.holds(relay.clock())
         orders = Orders(controller, head, reaper)
+        metrics.ejections = controller.ejections
         metrics.control = orders
         metrics.prefixes = controller.prefixes
         await _listen_admin(
@@ -350,6 +356,7 @@ def _limits(config: Config) -> Limits:
     section = config.router
     return Limits(
         connect_s=section.connect_timeout_s,
+        handover_s=section.first_token_timeout_s,
         first_token_s=section.first_token_timeout_s,
         between_tokens_s=section.between_tokens_timeout_s,
     )

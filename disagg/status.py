@@ -24,6 +24,9 @@ def table(cluster: Mapping[str, Any]) -> str:
     if bad:
         reasons = [(name, str(q["reason"])) for name, q in zip(bad, cluster["quarantined"], strict=True)]
         parts.append(_columns(("QUARANTINED", "WHY (restart the engine at fault, it is then tried again)"), reasons))
+    cut = [(f"{c['prefill']} with {c['decode']}", str(c["reason"])) for c in cluster.get("cut", [])]
+    if cut:
+        parts.append(_columns(("CUT", "WHY (the router tries again by itself)"), cut))
     parts.append("Requests can be served." if cluster.get("ready") else f"No request can be served: {cluster.get('reason', 'unknown')}.")
     return "\n\n".join(parts)
 
@@ -44,6 +47,8 @@ def _why(thing: Mapping[str, Any]) -> str:
     kept = thing.get("load", {}).get("kv_quarantined_tokens", 0)
     notes = [said] if said else []
     notes += [] if said or cache["known"] else [f"prefix cache unknown: {cache['reason']}"]
+    slow = thing.get("weight", 1.0)
+    notes += [f"it is {slow:g} times as slow as the median of its pool, and gets that much less work"] if slow > 1.0 else []
     notes += [f"{kept} tokens of its KV pool are kept from use: a peer that is gone might still write into them"] if kept else []
     return "; ".join(notes)
 

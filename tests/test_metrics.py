@@ -23,6 +23,8 @@ NAMES = {
     "disagg_replays": ("counter", {"reason"}),
     "disagg_canaries": ("counter", {"outcome"}),
     "disagg_quarantined_pairs": ("gauge", set()),
+    "disagg_cut_pairs": ("gauge", set()),
+    "disagg_ejections": ("counter", {"reason"}),
     "disagg_shed": ("counter", {"reason"}),
     "disagg_loop_lag_seconds": ("histogram", set()),
     "disagg_engines": ("gauge", {"role", "state"}),
@@ -59,6 +61,7 @@ def busy() -> RouterMetrics:
     metrics.replays["never_reached_engine"] += 1
     metrics.shed["no_engine"] += 4
     metrics.canaries = {"same": 3, "differs": 1}
+    metrics.ejections = {"faults": 2, "cut": 1}
     metrics.inflight = 5
     metrics.ttft.observe(0.3)
     return metrics
@@ -90,6 +93,7 @@ def test_counters_end_with_total_and_labels_survive_odd_values() -> None:
     assert value(found["disagg_handoffs"], "disagg_handoffs_total", outcome="done") == 2
     assert value(found["disagg_replays"], "disagg_replays_total", reason="never_reached_engine") == 1
     assert value(found["disagg_shed"], "disagg_shed_total", reason="no_engine") == 4
+    assert value(found["disagg_ejections"], "disagg_ejections_total", reason="faults") == 2
     assert value(found["disagg_inflight"], "disagg_inflight") == 5
 
 

@@ -349,3 +349,62 @@ def test_equal_engines_share_evenly_and_the_same_history_gives_the_same_choices(
         return story
 
     assert run(5) == run(5)
+
+
+# --- the sick
+
+
+def treated(
+    *roles: Role, ejected: Iterable[str] = (), cut: Iterable[tuple[str, str]] = (), weights: dict[str, float] | None = None
+) -> ClusterView:
+    return ClusterView.of(
+        view(*((role, "m") for role in roles)).engines,
+        ejected={EngineId(e): "gets no new work for 5 s: it fails" for e in ejected},
+        cut={(EngineId(p), EngineId(d)): "until a probe passes: no first token" for p, d in cut},
+        weights={EngineId(e): weight for e, weight in (weights or {}).items()},
+    )
+
+
+def test_an_ejected_engine_is_in_no_pool_and_says_why() -> None:
+    seen = treated(P, D, D, ejected=["decode-1"])
+    assert [e.id for e in seen.pools["m"].decode] == ["decode-2"]
+    assert (seen.engines[1].state, seen.engines[1].reason) == (S.SUSPECT, "gets no new work for 5 s: it fails")
+    assert chosen(seen.pools["m"], loads(0, 0, 9)) == ("prefill-0", "decode-2")
+
+
+def test_an_engine_that_is_not_ready_keeps_its_own_reason() -> None:
+    seen = ClusterView.of(view((P, "m"), (D, "m"), down=[1]).engines, ejected={EngineId("decode-1"): "it fails"})
+    assert seen.engines[1].state is S.DEAD
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_cut_pair_is_never_chosen_and_both_work_with_others(seed: int) -> None:
+    chance = random.Random(seed)
+    pool = treated(P, P, D, D, cut=[("prefill-0", "decode-2")]).pools["m"]
+    seen = {chosen(pool, loads(*(chance.randrange(5) for _ in range(4)))) for _ in range(200)}
+    assert seen == {("prefill-0", "decode-3"), ("prefill-1", "decode-2"), ("prefill-1", "decode-3")}
+
+
+def test_an_engine_whose_pairs_are_all_cut_says_so() -> None:
+    seen = treated(P, P, D, cut=[("prefill-0", "decode-2")])
+    assert seen.engines[0].unpaired == "is not paired with decode-2: until a probe passes: no first token"
+    assert seen.engines[1].unpaired == ""
+    assert seen.pools["m"].can_serve
+    assert (seen.quarantined, set(seen.cut)) == ({}, {("prefill-0", "decode-2")})
+
+
+def test_a_slow_engine_gets_less() -> None:
+    pool = treated(P, D, D, weights={"decode-1": 4.0}).pools["m"]
+    in_flight = loads(0, 0, 0)
+    took: Counter[str] = Counter()
+    for _ in range(50):
+        choice = choose(pool, in_flight)
+        took[choice.decode.id] += 1
+        in_flight.start(choice.decode.slot)
+    assert took == {"decode-1": 10, "decode-2": 40}
+
+
+def test_a_slow_unified_engine_is_not_preferred_for_being_idle() -> None:
+    pool = treated(P, D, U, weights={"unified-2": 4.0}).pools["m"]
+    assert chosen(pool, loads(0, 2, 0)) == ("prefill-0", "decode-1")
+    assert chosen(pool, loads(0, 4, 0)) == (None, "unified-2")

@@ -52,6 +52,14 @@ def test_an_engine_whose_prefix_cache_is_not_known_says_why() -> None:
     assert "prefix cache unknown: batches 1 to 4 of its events are gone" in table(cluster(engine(cache=lost)))
 
 
+def test_a_slow_engine_and_a_cut_pair_say_why() -> None:
+    shown = {**cluster(engine(weight=4.0)), "cut": [{"prefill": "p", "decode": "d", "reason": "until a probe passes: a deadline passed"}]}
+    text = table(shown)
+    assert "it is 4 times as slow as the median of its pool, and gets that much less work" in text
+    assert "p with d  until a probe passes: a deadline passed" in text
+    assert "times as slow" not in table(cluster(engine(weight=1.0)))
+
+
 def test_a_refused_clone_is_seen_beside_its_original() -> None:
     row = {"name": "h", "roles": ["decode"], "state": "online", "key": "K", "reason": "it joined"}
     assert "it joined" not in hosts_table([row])

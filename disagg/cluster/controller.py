@@ -2,6 +2,7 @@
 
     probes, reports, host verdicts ──► detectors (decide) ──► ClusterView ──► the relay reads it
     orders of people               ──► changes   (decide) ──► orders to agents, canaries, overlays
+    what becomes of requests       ──► ejector   (decides) ─► ClusterView, probes of pairs
 
 One beat every `BEAT_S` asks all machines for what is due. It notices how late it is itself: time in which the router did not run is
 nobody's silence, and what a probe says that was under way meanwhile proves nothing.
@@ -69,7 +70,12 @@ from disagg.model import (
     HostView,
     Role,
 )
+from disagg.policy.eject import Changed, Ejector, Faulted, HandedOver, Paced, PairFaulted, Probed, ProbePair, Served, ViewChanged
+from disagg.policy.eject import Event as Symptom
+from disagg.policy.eject import Tick as EjectorTick
+from disagg.policy.pace import Pace
 from disagg.policy.prefix import PrefixIndex
+from disagg.policy.replay import Blame
 from disagg.wire.messages import EngineReport
 
 BEAT_S = 0.1
@@ -84,6 +90,10 @@ LINES_BURST = 500.0
 ADDITIONS_PER_S = 0.1
 ADDITIONS_BURST = 128.0
 ENGINES_PER_HOST = 64
+AWAKE_S = 1.0
+PACE_S = 1.0
+PAIR_PROBE_LIMIT_S = 4.0
+"""A probe of a cut pair fails before the next one is due: a link is found to be well again within five seconds and a probe's time."""
 
 
 class DataPath(Protocol):
@@ -117,12 +127,15 @@ class Controller:
         change_limits: of drains, switches and restarts.
         may_join: hosts can join as well.
         prober: asks engines; None for one that asks over HTTP.
+        ejector: who decides which engines are sick.
 
     Attributes:
         view: the current view; replaced whole, never changed.
         changes: those under way and the last ones that ended, oldest first.
         flips: those that ended, by roles and outcome.
         prefixes: what the engines' prefix caches hold, where they say so.
+        ejections: engines and pairs that were taken out because they failed, by reason.
+        pace: what the relay measures of the engines; None where nothing is measured.
     """
 
     def __init__(
@@ -136,6 +149,7 @@ class Controller:
         change_limits: Limits | None = None,
         may_join: bool = False,
         prober: Prober | None = None,
+        ejector: Ejector | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._log = log
@@ -158,10 +172,17 @@ class Controller:
         self.changes: dict[int, Change] = {}
         self.flips: Counter[tuple[str, str, str]] = Counter()
         self.prefixes = PrefixIndex()
+        self.ejections: Counter[str] = Counter()
+        self._ejector = ejector if ejector is not None else Ejector()
+        self._roster: tuple[Any, ...] = ()
+        self.pace: Pace | None = None
+        self._paced_at = now
+        self._processes: dict[int, tuple[object, ...]] = {}
         self._change_ids = 0
         self._waiting: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._stale_at: float | None = None  # since when the view shows loads that are not the newest
-        self._stalled_at = 0.0
+        self._stalled_at = float("-inf")
+        self._beat_at = float("inf")
         self._data: DataPath | None = None
         self._control: Hosts | None = None
         self._wake = asyncio.Event()
@@ -171,9 +192,10 @@ class Controller:
         self.reaper: Reaper | None = None
         self.view = self._make_view()
 
-    def attach(self, data: DataPath, control: Hosts | None = None, examiner: Examiner | None = None) -> None:
-        """Makes it known to the relay, the control plane and the examiner, which are built after it."""
+    def attach(self, data: DataPath, control: Hosts | None = None, examiner: Examiner | None = None, pace: Pace | None = None) -> None:
+        """Makes it known to the relay, the control plane and the examiner, which are built after it, and to what the relay measures."""
         self._data = data
+        self.pace = pace
         self._control = control
         self.examiner = examiner
 
@@ -193,7 +215,7 @@ class Controller:
 
     async def _beat_on(self) -> None:
         while True:
-            expected = self._loop.time() + BEAT_S
+            expected = self._beat_at = self._loop.time() + BEAT_S
             try:
                 async with asyncio.timeout_at(expected):
                     await self._wake.wait()
@@ -227,6 +249,7 @@ class Controller:
             self.examiner.look(now)
         if self.reaper is not None:
             self.reaper.look(now)
+        self._look_at_sick(now)
         if self._stale_at is not None and now - self._stale_at >= LOADS_SHOWN_S:
             self._publish()
 
@@ -390,12 +413,124 @@ class Controller:
         views = sorted((d.view for d in self._detectors.values()), key=lambda v: v.slot)
         self._shown = frozenset(v.id for v in views)
         hosts = (self._hosts[h] for h in sorted(self._hosts))
-        bad = self.examiner.quarantined if self.examiner is not None else None
-        return ClusterView.of(views, hosts, may_join=self._may_join, quarantined=bad)
+        bad = self.examiner.quarantined if self.examiner is not None else {}
+        view = ClusterView.of(views, hosts, may_join=self._may_join, quarantined=bad)
+        self._enrol(view)
+        ejected, cut, weights = self._ejector.ejected, self._ejector.cut, self._ejector.weights
+        if not (ejected or cut or weights):
+            return view
+        return ClusterView.of(views, view.hosts, may_join=self._may_join, quarantined=bad, ejected=ejected, cut=cut, weights=weights)
 
     def judged(self) -> None:
         """Other pairs are quarantined than before."""
         self._publish()
+
+    # --- the sick
+
+    def fault(self, choice: Choice, blame: Blame, what: str, *, engine: EngineId | None = None) -> None:
+        """An attempt failed. Not held against anybody when the router itself did not run at the time.
+
+        Args:
+            choice: the engines it went to.
+            blame: as `disagg.policy.replay.judge` says.
+            what: how, a few words of our own: they are shown to people.
+            engine: whose leg it was, where one engine is to blame; without it, decode's.
+        """
+        prefill, decode = choice.prefill, choice.decode
+        if self._was_asleep(self._loop.time()):
+            return
+        if blame is Blame.PAIR and prefill is not None:
+            if self._is_current(prefill) and self._is_current(decode):
+                self._treat(PairFaulted(prefill.id, decode.id, what))
+        elif blame is not Blame.NOBODY:
+            one = prefill if prefill is not None and engine == prefill.id else decode
+            if self._is_current(one):
+                self._treat(Faulted(one.id, what))
+
+    def handed_over(self, choice: Choice) -> None:
+        """The first token of an answer came."""
+        self._treat(HandedOver(choice.prefill.id if choice.prefill is not None else None, choice.decode.id))
+
+    def served(self, choice: Choice) -> None:
+        """An answer came to its end as it should."""
+        self._treat(Served(choice.decode.id))
+
+    def _was_asleep(self, now: float) -> bool:
+        """What is late just now is late because of the router: its deadlines come before what waits in its sockets is read."""
+        return now - self._beat_at > LAG_S or now - self._stalled_at < AWAKE_S
+
+    def _is_current(self, engine: EngineView) -> bool:
+        """What a process did that is gone is not held against the one that took its place."""
+        detector = self._detectors.get(engine.id)
+        return detector is not None and detector.view.address.pid == engine.address.pid
+
+    def _enrol(self, view: ClusterView) -> None:
+        roster = (tuple((e.slot, e.address.pid, e.address.role, e.state, e.facts, e.unpaired) for e in view.engines), view.quarantined)
+        if roster != self._roster:
+            self._roster = roster
+            self._note(self._ejector.handle(ViewChanged(view), now=self._loop.time()))
+            self._forget_pace(view)
+
+    def _forget_pace(self, view: ClusterView) -> None:
+        for engine in view.engines:
+            process = (engine.address.pid, engine.address.role, engine.state in _ANEW)
+            if self._processes.setdefault(engine.slot, process) != process:
+                self._processes[engine.slot] = process
+                if self.pace is not None:
+                    self.pace.forget(engine.slot)
+
+    def _look_at_sick(self, now: float) -> None:
+        due = self._ejector.next_deadline()
+        if due is not None and now >= due:
+            self._treat(EjectorTick())
+        if self.pace is not None and now - self._paced_at >= PACE_S:
+            self._paced_at = now
+            self._treat(Paced(self._measures(self.pace)))
+
+    def _measures(self, pace: Pace) -> dict[EngineId, tuple[float, int]]:
+        found = {}
+        for detector in self._detectors.values():
+            slot, reads = detector.view.slot, detector.view.address.role is Role.PREFILL
+            measured = pace.byte_s(slot) if reads else pace.step_s(slot)
+            if measured is not None:
+                found[detector.id] = (measured, pace.samples(slot)[0 if reads else 1])
+        return found
+
+    def _treat(self, symptom: Symptom) -> None:
+        commands = self._ejector.handle(symptom, now=self._loop.time())
+        for command in commands:
+            if isinstance(command, ProbePair):
+                self._spawn(self._probe_pair(command), f"probe of {command.prefill} with {command.decode}")
+        if self._note(commands):
+            self._publish()
+
+    def _note(self, commands: Iterable[object]) -> bool:
+        changes = [c for c in commands if isinstance(c, Changed)]
+        for change in changes:
+            if change.reason:
+                self.ejections[change.reason] += 1
+            self.tell(HostId(""), "sick", story=change.sentence)
+        return bool(changes)
+
+    async def _probe_pair(self, asked: ProbePair) -> None:
+        why = await self._why_not_reached(asked)
+        self._treat(Probed(asked.prefill, asked.decode, not why, why))
+
+    async def _why_not_reached(self, asked: ProbePair) -> str:
+        """Empty when the pair answers; without an examiner the clients' requests are the probe."""
+        if self.examiner is None:
+            return ""
+        prefill, decode = self._detectors.get(asked.prefill), self._detectors.get(asked.decode)
+        if prefill is None or decode is None:
+            return "one of them is gone"
+        try:
+            async with asyncio.timeout(PAIR_PROBE_LIMIT_S):
+                await self.examiner.reach(Choice(prefill.view, decode.view, "a probe of a cut pair"))
+        except TimeoutError:
+            return f"a probe was not answered within {PAIR_PROBE_LIMIT_S:g} s"
+        except DisaggError as error:
+            return f"a probe failed: {error}"
+        return ""
 
     async def _look(self, detector: EngineDetector, patience_s: float | None) -> None:
         address, began = detector.view.address, self._loop.time()
@@ -566,7 +701,7 @@ class Controller:
     def _is_idle(self, view: EngineView) -> bool:
         """The router has no leg there, and the engine itself has nothing: old legs may have been sent by a router before this one."""
         legs = 0 if self._data is None else self._data.legs_of(view.slot)
-        return legs == 0 and view.load.running + view.load.waiting == 0
+        return legs == 0 and view.load.at_work == 0
 
     def _serves(self, view: EngineView) -> bool:
         return view.state in {EngineState.SWITCHING, EngineState.DRAINING, EngineState.READY} and bool(view.facts.model or view.facts.part)
@@ -631,7 +766,9 @@ class Controller:
 
     def story(self, engine: str) -> list[tuple[float, str]]:
         """What happened to an engine, as far as it is kept."""
-        return list(self._detectors[self.engine(engine).id].history)
+        story = list(self._detectors[self.engine(engine).id].history)
+        story += [(at, what) for at, what in self._ejector.history if engine in what.replace(":", " ").split()]
+        return sorted(story, key=lambda entry: entry[0])
 
     def counts(self) -> Mapping[str, int]:
         """Engines by state."""
@@ -642,3 +779,4 @@ class Controller:
 
 
 _DOWN = frozenset({EngineState.DEAD, EngineState.HELD})
+_ANEW = frozenset({EngineState.DEAD, EngineState.HELD, EngineState.STARTING})

@@ -105,6 +105,14 @@ class Examiner:
             raise EngineError(f"{pairing(choice)} answers wrong: {wrong}")
         return f"{pairing(choice)} answered its canaries in {self._loop.time() - began:.2f} s"
 
+    async def reach(self, choice: Choice) -> None:
+        """Has a pair answer one short prompt; what it answers is no matter here.
+
+        Raises:
+            DisaggError: it does not.
+        """
+        read_answer(await self._ask(choice, request(PROMPTS[0], self._new_salt())))
+
     def _feed(self, event: Event, now: float) -> None:
         for command in self._machine.handle(event, now=now):
             self._do(command)

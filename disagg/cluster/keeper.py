@@ -201,7 +201,7 @@ class _Watched:
         report = self.report()
         if report.state not in _MAY_RUN:
             return True
-        return self._answered_at > since and report.load.running + report.load.waiting == 0
+        return self._answered_at > since and report.load.at_work == 0
 
     def report(self) -> EngineReport:
         """How it is."""

@@ -84,6 +84,7 @@ class RouterMetrics(Collector):
         self.canaries: Mapping[str, int] = {}
         self.orphans: Mapping[str, int] = {}
         self.holds: Callable[[], Sequence[Hold]] = tuple
+        self.ejections: Mapping[str, int] = {}
         self._view = view
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -102,6 +103,10 @@ class RouterMetrics(Collector):
         yield GaugeMetricFamily("disagg_quarantined_pairs", "Pairs that are not used, because they answer wrong.", value=bad)
         yield self._of_holds()
         yield _counter("disagg_kv_orphans", "Work that no entry explains: what was seen of it and done.", ["action"], _by_one(self.orphans))
+        cut = len(self._view().cut)
+        yield GaugeMetricFamily("disagg_cut_pairs", "Pairs that are not used for a while, because their handoffs fail.", value=cut)
+        text = "Engines that got no new work for a while, by reason, and pairs that were cut."
+        yield _counter("disagg_ejections", text, ["reason"], _by_one(self.ejections))
         yield _counter("disagg_shed", "Requests refused for want of capacity, by reason.", ["reason"], _by_one(self.shed))
         yield self.loop_lag.family("disagg_loop_lag_seconds", "How late the router's own timer was.")
         yield from self._of_engines()

@@ -69,7 +69,8 @@ def pool_of(view: ClusterView, model: str) -> Pool:
 def choose(pool: Pool, in_flight: InFlight, *, exclude: Collection[EngineId] = (), unified_only: bool = False) -> Choice:
     """Picks the least loaded pair, or a unified engine where that is less loaded than the pair's decode engine.
 
-    Load is the number of legs that this router has in flight. Ties go to the engine that was not used for longest, then to the lower slot.
+    Load is the number of legs that this router has in flight there, with this one, times the engine's weight. Ties go to the engine that
+    was not used for longest, then to the lower slot.
 
     Args:
         pool: the ready engines of the model.
@@ -87,7 +88,7 @@ def choose(pool: Pool, in_flight: InFlight, *, exclude: Collection[EngineId] = (
             raise NoCapacityError("every engine that could serve this failed to take it; try again", retry_after_s=1)
         return Choice(None, unified, f"no pair can take it; {unified.id} has the fewest requests of the unified engines")
     counts = in_flight.now
-    if unified is not None and counts[unified.slot] < counts[decode.slot]:
+    if unified is not None and (counts[unified.slot] + 1) * unified.weight < (counts[decode.slot] + 1) * decode.weight:
         return Choice(None, unified, f"{unified.id} has {counts[unified.slot]} in flight, {decode.id} {counts[decode.slot]}")
     reason = f"fewest in flight: {prefill.id} {counts[prefill.slot]}, {decode.id} {counts[decode.slot]}"
     return Choice(prefill, decode, reason)
@@ -100,16 +101,20 @@ def _least_pair(pool: Pool, in_flight: InFlight, exclude: Collection[EngineId]) 
     pairs = [_least_pair(island, in_flight, exclude) for island in pool.islands]
     whole = [(p, d) for p, d in pairs if p is not None and d is not None]
     now, turn = in_flight.now, in_flight.turn
-    key = lambda pair: (now[pair[0].slot] + now[pair[1].slot], turn[pair[0].slot] + turn[pair[1].slot])  # noqa: E731
+
+    def key(pair: tuple[EngineView, EngineView]) -> tuple[float, int]:
+        p, d = pair
+        return (now[p.slot] + 1) * p.weight + (now[d.slot] + 1) * d.weight, turn[p.slot] + turn[d.slot]
+
     return min(whole, key=key, default=(None, None))
 
 
 def _least(engines: tuple[EngineView, ...], in_flight: InFlight, exclude: Collection[EngineId]) -> EngineView | None:
     best: EngineView | None = None
-    best_key = (0, 0)
+    best_key = (0.0, 0)
     now, turn = in_flight.now, in_flight.turn
     for engine in engines:
-        key = (now[engine.slot], turn[engine.slot])
+        key = ((now[engine.slot] + 1) * engine.weight, turn[engine.slot])
         if (best is None or key < best_key) and not (exclude and engine.id in exclude):
             best, best_key = engine, key
     return best

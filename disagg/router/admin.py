@@ -225,6 +225,7 @@ def cluster_json(view: ClusterView, prefixes: PrefixIndex) -> dict[str, Any]:
                 "kv_total_tokens": e.load.kv_total_tokens,
                 "kv_quarantined_tokens": e.load.kv_quarantined_tokens,
             },
+            **({"weight": round(e.weight, 2)} if e.weight > 1.0 else {}),
             "reason": f"{e.reason}, but {e.unpaired}" if e.unpaired else e.reason,
             **_cache_json(prefixes.standing(e.id)),
         }
@@ -235,7 +236,9 @@ def cluster_json(view: ClusterView, prefixes: PrefixIndex) -> dict[str, Any]:
     ]
     given = [{"id": name} for name in sorted({e.address.host for e in view.engines if not e.host})]
     bad = [{"prefill": p, "decode": d, "reason": reason} for (p, d), reason in view.quarantined.items()]
-    return {"hosts": joined + given, "engines": engines, "quarantined": bad, "ready": not (why := view.why_not_ready()), "reason": why}
+    cut = [{"prefill": p, "decode": d, "reason": reason} for (p, d), reason in view.cut.items()]
+    why = view.why_not_ready()
+    return {"hosts": joined + given, "engines": engines, "quarantined": bad, "cut": cut, "ready": not why, "reason": why}
 
 
 def _cache_json(standing: Standing | None) -> dict[str, Any]:

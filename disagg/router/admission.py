@@ -18,6 +18,7 @@ from typing import Protocol
 from disagg.errors import DeadlineError, DisaggError, NoCapacityError, ShareError
 from disagg.model import Choice, ClusterView, EngineId, EngineLoad, EngineView
 from disagg.policy.ledger import RESERVED_TOKENS, Ledger
+from disagg.policy.pace import Pace
 from disagg.policy.queue import Entry, Place, Queue, Reason, Shed
 from disagg.policy.route import InFlight, choose, pool_of
 
@@ -115,6 +116,7 @@ class Admission:
     """Lets requests go to the engines.
 
     Args:
+        pace: grows with the ledger.
         view: returns the current view of the cluster.
         timeout_s: nobody waits longer.
         chance: a number in [0, 1), to spread those who are sent away together.
@@ -128,6 +130,7 @@ class Admission:
     def __init__(
         self,
         *,
+        pace: Pace,
         view: Callable[[], ClusterView],
         timeout_s: float,
         chance: Callable[[], float],
@@ -136,6 +139,7 @@ class Admission:
     ) -> None:
         self.in_flight = InFlight()
         self.ledger = Ledger()
+        self._pace = pace
         self._view = view
         self._timeout_s = timeout_s
         self._chance = chance
@@ -306,6 +310,7 @@ class Admission:
     def _grow(self, slots: int) -> None:
         self.in_flight.grow(slots)
         self.ledger.grow(slots)
+        self._pace.grow(slots)
 
     # --- out
 

@@ -151,14 +151,14 @@ class PublicListener:
         user, priority = _user(http), _priority(http)
         jobs = [Job(request, body, i, deadline_at, record, user=user, priority=priority) for i, body in enumerate(bodies)]
         if len(bodies) > 1 or request.merge_logprobs:
-            await Composition(owner, self._metrics, request, client, jobs).answer()
+            await Composition(owner, self._metrics, self._relay.pace, request, client, jobs).answer()
         elif request.stream:
             await self._serve_stream(request, jobs[0], client)
         else:
             await self._serve_whole(jobs[0], client)
 
     async def _serve_stream(self, request: ClientRequest, job: Job, client: Client) -> None:
-        stream = Stream(request, job.rest, self._metrics.itl.observe)
+        stream = Stream(request, job.rest, self._metrics.itl.observe, self._relay.pace)
         try:
             await self._owner.run(job, lambda attempt, number: stream.leg(attempt, number, client), client, stream)
             self._metrics.ttft.observe(stream.first_token_at - job.record.started_at)

@@ -55,6 +55,9 @@ class Owner(Protocol):
     def abort_rids(self, upstream: Upstream, rids: Sequence[str]) -> None:
         """Posts an abort for each rid."""
 
+    def handed_over(self, attempt: Attempt, now: float) -> None:
+        """The prompt is read and decode has its KV cache."""
+
     def settled(self, attempt: Attempt) -> None:
         """No engine works for this attempt any more."""
 
@@ -73,7 +76,13 @@ class Attempt:
         stalled: the client reads too slowly; the waiting task drains it and calls `resume`.
         last_read_at: when decode's bytes were last seen.
         connecting: both connections being made, None when that is over.
+        is_stale: a connection was reused that its engine had just closed.
         sent: both legs were sent: an engine may have worked on it.
+        sent_at: when.
+        was_paused: it was stalled since somebody last looked.
+        whole: the answer is no stream: its first byte comes with its last.
+        prompt_bytes: of its body.
+        work: bytes that the reader of its prompt had to read until it was through; None before it was sent, and once it is through.
         blamed: the engines whose fault its failure is, where that is known.
         lost: the engines that were lost under it.
         on_prefill_answer: called with prefill's whole body when it ended with success.
@@ -94,6 +103,7 @@ class Attempt:
         "finished",
         "first_token_at",
         "handoff",
+        "is_stale",
         "last_read_at",
         "lost",
         "on_prefill_answer",
@@ -101,11 +111,16 @@ class Attempt:
         "owner",
         "prefill_connection",
         "promise",
+        "prompt_bytes",
         "request_id",
         "rids",
         "sent",
+        "sent_at",
         "stalled",
         "upstreams",
+        "was_paused",
+        "whole",
+        "work",
     )
 
     def __init__(
@@ -135,6 +150,12 @@ class Attempt:
         self.first_token_at = 0.0
         self.last_read_at = 0.0
         self.sent = False
+        self.is_stale = False
+        self.sent_at = 0.0
+        self.whole = False
+        self.was_paused = False
+        self.work: int | None = None
+        self.prompt_bytes = 0
         self.blamed: list[EngineId] = []
         self.lost: list[EngineId] = []
         self.request_id = ""
@@ -157,6 +178,7 @@ class Attempt:
         """
         prefill, decode = connections
         self.sent = True
+        self.sent_at = self.owner.clock()
         self.decode_leg = decode_leg
         self.decode_connection = decode
         if prefill is not None:
@@ -235,6 +257,7 @@ class Attempt:
         """Decode's first bytes are here."""
         self.first_token_at = self.last_read_at = now
         self.handle(FirstTokenSeen())
+        self.owner.handed_over(self, now)
 
     def prefill_ended(self, event: PrefillFinished | PrefillFailed, *, is_its_fault: bool = True) -> None:
         """Prefill's answer ended, one way or the other."""
@@ -245,6 +268,8 @@ class Attempt:
         self.prefill_connection = None
         self.promise.end(prefill.slot)
         self.handle(event)
+        if self.whole and not self.finished:
+            self.owner.handed_over(self, self.owner.clock())
         self._settle()
 
     def decode_ended(self, event: DecodeFinished | DecodeFailed, *, is_its_fault: bool = True) -> None:
@@ -310,7 +335,7 @@ class Attempt:
 
     def pause(self) -> None:
         """The client reads too slowly: stop reading decode's answer."""
-        self.stalled = True
+        self.stalled = self.was_paused = True
         if self.decode_connection is not None:
             self.decode_connection.pause()
         self.wake()
@@ -370,6 +395,7 @@ class PrefillLeg:
 
     def broken(self, error: EngineError, *, stale: bool) -> None:
         """The connection is gone."""
+        self.attempt.is_stale |= stale
         self.attempt.prefill_ended(PrefillFailed(error), is_its_fault=not stale)
 
 
@@ -415,6 +441,7 @@ class DecodeLeg:
 
     def broken(self, error: EngineError, *, stale: bool) -> None:
         """The connection is gone."""
+        self.attempt.is_stale |= stale
         self.attempt.decode_ended(DecodeFailed(error), is_its_fault=not stale)
 
     def fail(self, error: EngineError) -> None:

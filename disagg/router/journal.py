@@ -61,6 +61,7 @@ class Journal:
     Attributes:
         events: server-sent events folded so far, `[DONE]` included.
         with_ids: the chunks carry token ids.
+        on_fold: told at each fold how many seconds an event took, how many there were, and the longest pause; None for nobody.
         overflowed: the text grew over `TEXT_LIMIT` bytes and was dropped; such a stream cannot be continued.
     """
 
@@ -78,6 +79,7 @@ class Journal:
         "_times",
         "_unfolded",
         "events",
+        "on_fold",
         "overflowed",
         "with_ids",
     )
@@ -96,6 +98,7 @@ class Journal:
         self._first = b""
         self._previous_at = 0.0
         self.with_ids = False
+        self.on_fold: Callable[[float, int, float], None] | None = None
         self._ids: list[bytes] = []
         self._pieces = 0
 
@@ -124,17 +127,22 @@ class Journal:
         self._unfolded = 0
 
     def _fold_gaps(self) -> None:
-        previous, events = self._previous_at, 0
+        previous, events, longest = self._previous_at, 0, 0.0
+        began = previous or self._times[0]
         for raw, at in zip(self._reads, self._times, strict=True):
             count = raw.count(b"\n\n")
             events += count
             if previous and count:
-                self._on_gap((at - previous) / count, count)
+                gap = at - previous
+                self._on_gap(gap / count, count)
+                longest = max(longest, gap)
             elif count > 1:
                 self._on_gap(0.0, count - 1)  # the first of them was waited for: that is TTFT
             previous = at
         self._previous_at = previous
         self.events += events
+        if self.on_fold is not None and longest:
+            self.on_fold((previous - began) / events, events, longest)
 
     def _fold_text(self, joined: bytes) -> None:
         if self._route is Route.GENERATE:

@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import structlog
 
 from disagg.errors import DeadlineError, DisaggError, EngineError, EngineRefusedError, EngineTimeoutError, NoCapacityError
-from disagg.model import ClusterView, EngineAddress, EngineId
+from disagg.model import Choice, ClusterView, EngineAddress, EngineId
 from disagg.observe.metrics import RouterMetrics
-from disagg.policy.replay import ReplayBudget, is_replayable
+from disagg.policy.replay import Blame, ReplayBudget, judge
 from disagg.policy.route import pool_of
 from disagg.router.admission import Admission, Promise
 from disagg.router.attempt import Attempt
@@ -38,10 +38,21 @@ UNSENT_LIMIT = 8
 """Connections that could not be made cost nothing, but this many of them are no accident."""
 
 
+class Watch(Protocol):
+    """Who looks after the engines' health."""
+
+    def fault(self, choice: Choice, blame: Blame, what: str, *, engine: EngineId | None = None) -> None:
+        """An attempt failed."""
+
+    def served(self, choice: Choice) -> None:
+        """An answer came to its end as it should."""
+
+
 class Owner:
     """Owns requests.
 
     Args:
+        watch: told how attempts ended.
         queue_s: how long a request waits for engines.
     """
 
@@ -50,6 +61,7 @@ class Owner:
         *,
         relay: Relay,
         admission: Admission,
+        watch: Watch,
         view: Callable[[], ClusterView],
         metrics: RouterMetrics,
         queue_s: float,
@@ -57,6 +69,7 @@ class Owner:
     ) -> None:
         self._relay = relay
         self._admission = admission
+        self._watch = watch
         self._view = view
         self._metrics = metrics
         self._queue_s = queue_s
@@ -103,11 +116,13 @@ class Owner:
             while True:
                 attempt = await self._attempt(run, leg, client)
                 if attempt.error is None:
+                    self._watch.served(attempt.choice)
                     return attempt
                 if await self._is_over(run, attempt, client):
                     return attempt
         finally:
-            self._budget.release(run.replays)
+            for _ in range(run.replays):
+                self._budget.give_back()
 
     async def _attempt(self, run: _Run, leg: LegFactory, client: Client) -> Attempt:
         job = run.job
@@ -128,7 +143,7 @@ class Owner:
         error, stream = attempt.error, run.stream
         assert error is not None
         run.failed(attempt, self._relay.clock())
-        if not is_replayable(error):
+        if not self._judge(attempt, error):
             raise error
         if attempt.sent:
             self._take_from_budget(run, error)
@@ -145,8 +160,21 @@ class Owner:
             raise error
         return False
 
+    def _judge(self, attempt: Attempt, error: DisaggError) -> bool:
+        """Tells whose fault it was, and returns whether another attempt may do better."""
+        choice = attempt.choice
+        verdict = judge(error, paired=choice.prefill is not None, first_token_seen=attempt.first_token_at > 0)
+        if attempt.is_stale:
+            return True  # the engine had closed an idle connection: nothing was sent, and nobody is to blame
+        blamed = attempt.blamed_engines()
+        self._watch.fault(choice, verdict.blame, verdict.why, engine=blamed[0].id if blamed else None)
+        if isinstance(error, EngineTimeoutError):
+            for slot in attempt.slots:
+                self._relay.pace.timed_out(slot)
+        return verdict.replay
+
     def _take_from_budget(self, run: _Run, error: DisaggError) -> None:
-        if why := self._budget.take(run.replays, self._metrics.inflight):
+        if why := self._budget.take(replayed=run.replays, in_flight=self._metrics.inflight):
             self._log.warning("a request is not made again", request=run.job.record.request_id, why=why)
             raise error
         run.replays += 1

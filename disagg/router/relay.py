@@ -10,14 +10,13 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import msgspec
-
 from disagg.errors import ClientGoneError, EngineError, EngineTimeoutError, NoCapacityError
 from disagg.handoff import DecodeFailed, Handoff, Limits, PrefillFailed, State
 from disagg.ids import engine_rid
 from disagg.model import Choice, ClusterView, EngineId, EngineView
 from disagg.observe.metrics import RouterMetrics
 from disagg.policy.holds import Hold
+from disagg.policy.pace import Pace
 from disagg.router.admission import Admission, Promise
 from disagg.router.attempt import Attempt, DecodeLeg, refusal
 from disagg.router.client import Client
@@ -138,8 +137,10 @@ class Relay:
 
     Args:
         view: returns the current view of the cluster.
-        limits: how long each phase of an attempt may take.
-        whole_answer_s: how long an answer that is no stream may take; nothing of it is seen before it is complete.
+        limits: how long each phase of an attempt may take at most.
+        admission: who counts what the engines are promised.
+        pace: who says how long an attempt may take, by what was measured.
+        on_handed_over: told the engines of each handoff that succeeded.
         random_room: mints a room, a 63-bit integer.
         spawn: runs a coroutine as a named task that somebody owns.
         on_refused: told the id of an engine that refused a connection, so that it is looked at soon.
@@ -155,9 +156,10 @@ class Relay:
         *,
         view: Callable[[], ClusterView],
         limits: Limits,
-        whole_answer_s: float,
         metrics: RouterMetrics,
         admission: Admission,
+        pace: Pace,
+        on_handed_over: Callable[[Choice], None],
         random_room: Callable[[], int],
         spawn: Spawn,
         on_refused: Callable[[EngineId], None],
@@ -168,10 +170,11 @@ class Relay:
         self.clock = clock
         self.metrics = metrics
         self.admission = admission
+        self.pace = pace
+        self._on_handed_over = on_handed_over
         self.records: OrderedDict[str, Record] = OrderedDict()
         self._view = view
         self._limits = limits
-        self._whole_limits = msgspec.structs.replace(limits, first_token_s=whole_answer_s)
         self._random_room = random_room
         self._spawn = spawn
         self._on_refused = on_refused
@@ -228,11 +231,14 @@ class Relay:
     def attempt(self, job: Job, promise: Promise) -> Attempt:
         """Begins an attempt on the engines that were promised; `send` comes next."""
         choice = promise.choice
-        limits = self._limits if job.request.stream else self._whole_limits
+        prefill_slot = choice.prefill.slot if choice.prefill is not None else None
+        whole, max_tokens = not job.request.stream, job.request.max_tokens
+        limits = self.pace.limits(prefill_slot, choice.decode.slot, len(job.rest), whole=whole, max_tokens=max_tokens)
         handoff = Handoff(paired=choice.prefill is not None, limits=limits, deadline_at=job.deadline_at)
         prefill = self._upstream(choice.prefill) if choice.prefill is not None else None
         attempt = Attempt(self, promise, job.rids(), handoff, prefill, self._upstream(choice.decode))
         attempt.request_id = job.record.request_id
+        attempt.whole = whole
         attempt.asked *= job.request.samples if job.holds_samples else 1
         job.attempts += 1
         job.record.trail.append((choice, attempt.rids, handoff))
@@ -253,6 +259,8 @@ class Relay:
         try:
             first, second = await self._connections(attempt)
             if second is not None:
+                attempt.work = self.pace.sent(attempt.slots[0], len(job.rest))
+                attempt.prompt_bytes = len(job.rest)
                 attempt.send(leg(attempt, job.attempts), (first, second), self._requests(attempt, job))
                 sent = True
         finally:
@@ -438,8 +446,24 @@ class Relay:
 
     # --- the attempt's owner
 
+    def handed_over(self, attempt: Attempt, now: float) -> None:
+        """The prompt is read and decode has its KV cache."""
+        work = attempt.work
+        if work is None:
+            return
+        attempt.work = None
+        choice = attempt.choice
+        self.pace.left(attempt.slots[0], attempt.prompt_bytes)
+        if choice.prefill is not None or not attempt.whole:
+            prefill_slot = choice.prefill.slot if choice.prefill is not None else None
+            self.pace.first_token(prefill_slot, choice.decode.slot, work, now - attempt.sent_at)
+        self._on_handed_over(choice)
+
     def settled(self, attempt: Attempt) -> None:
         """No engine works for this attempt any more."""
+        if attempt.work is not None:
+            attempt.work = None
+            self.pace.left(attempt.slots[0], attempt.prompt_bytes)
         self._live.pop(attempt, None)
         if attempt.handoff.state is not State.DONE:
             self.unconfirmed.append((self.clock(), tuple(e.id for e in (attempt.choice.prefill, attempt.choice.decode) if e), attempt.rids))

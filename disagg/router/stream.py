@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from disagg.errors import EngineError
+from disagg.policy.pace import Pace
 from disagg.router.attempt import Attempt, DecodeLeg
 from disagg.router.client import Client
 from disagg.router.journal import GapSink, Journal, Said
@@ -32,13 +33,17 @@ class Stream:
     Args:
         request: the client's.
         rest: the body of its first attempt, without its opening brace.
+        on_gap: told of the time between two events, as `Journal` tells it.
+        pace: told how fast engines are.
 
     Attributes:
         journal: of all that the client was told.
     """
 
-    def __init__(self, request: ClientRequest, rest: bytes, on_gap: GapSink) -> None:
+    def __init__(self, request: ClientRequest, rest: bytes, on_gap: GapSink, pace: Pace) -> None:
         self.journal = Journal(request.route, on_gap)
+        self.journal.on_fold = self._paced
+        self._pace = pace
         self._request = request
         self._rest = rest
         self._seam: Seam | None = None
@@ -178,7 +183,15 @@ class Stream:
         self._note(attempt)
         return EventLeg(attempt, self.journal, self._seam)
 
+    def _paced(self, seconds: float, events: int, longest_s: float) -> None:
+        attempt = self._attempts[-1]
+        if not attempt.was_paused:  # how fast the client reads is not the engine's pace
+            self._pace.token_gap(attempt.choice.decode.slot, seconds, events, longest_s)
+        attempt.was_paused = attempt.stalled
+
     def _note(self, attempt: Attempt) -> None:
+        self.journal.fold()  # what came before is another engine's
+        attempt.was_paused = bool(self._attempts)  # and so is the pause until its first token
         self._attempts.append(attempt)
         facts = attempt.choice.decode.facts
         self.journal.with_ids, self._context = facts.stream_token_ids, facts.context_tokens

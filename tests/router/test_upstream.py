@@ -537,6 +537,9 @@ class Books:
     def over(self, promise: Promise) -> None:
         """Its last leg ended."""
 
+    def handed_over(self, attempt: Attempt, now: float) -> None:
+        """The prompt was read."""
+
     def settled(self, attempt: Attempt) -> None:
         self.is_settled = True
 

@@ -1,0 +1,184 @@
+"""Who kills engines: the ledger of requests that were in flight when a process died. Pure.
+
+Theory of operation. A request that makes an engine crash would, replayed, make the next one crash. From outside all requests that were in
+flight look the same, so each gets a *strike*, and a request with a strike is a *suspect*: it is replayed where no other suspect is
+unproven, so that a second death tells which one it was. Two strikes: the request is blocked for `BLOCKED_S`, wherever it comes from. A
+suspect that got further than where it was when its engine died, or ended, is *proved*: it was innocent, and has no strike any more.
+
+A request that is new may be poison as well. So that a suspect is not condemned for what a newcomer did, the two keep away from each other
+while a patient caller waits for that (`patient`); an impatient one keeps suspects from one another only, which is never given up.
+
+Requests are known by a 64-bit fingerprint of their body, keyed by the router, so that nobody can make two of them meet. Only the death of
+a process counts: its exit was reported, or it refused connections after it had served. Not an engine that is not heard, hangs, or
+switches.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterable, Mapping
+
+from disagg.model import EngineId
+
+STRIKES = 2
+BLOCKED_S = 600.0
+STRIKE_KEPT_S = 600.0
+KEPT = 10_000
+MARGIN = 8
+"""Tokens that an engine may have made without the router having seen them when it died."""
+HISTORY_LIMIT = 64
+
+
+class _Entry:
+    """What a fingerprint did."""
+
+    __slots__ = ("past", "strikes", "until")
+
+    def __init__(self) -> None:
+        self.strikes = 0
+        self.past = 0
+        self.until = 0.0
+
+
+class Ledger:
+    """The ledger. Times are seconds on the caller's monotonic clock.
+
+    Args:
+        strikes: so many deaths of engines block a request.
+        kept: so many fingerprints with strikes are remembered, the latest ones.
+
+    Attributes:
+        history: what happened, oldest first: time and sentence.
+    """
+
+    def __init__(self, *, strikes: int = STRIKES, kept: int = KEPT) -> None:
+        self._limit = strikes
+        self._kept = kept
+        self._entries: OrderedDict[int, _Entry] = OrderedDict()
+        self._unproved: dict[EngineId, Counter[int]] = {}
+        self._tried: dict[EngineId, set[int]] = {}  # of these, the suspects: newcomers look at this only, and it is usually empty
+        self.history: list[tuple[float, str]] = []
+
+    # --- what happens
+
+    def sent(self, fingerprint: int, engines: Iterable[EngineId]) -> None:
+        """A request was sent to these engines. To be followed by exactly one `proved` or `ended` with the same engines, a death or not."""
+        for engine in engines:
+            running = self._unproved.get(engine)
+            if running is None:
+                running = self._unproved[engine] = Counter()
+            running[fingerprint] += 1
+            if fingerprint in self._entries:
+                self._tried.setdefault(engine, set()).add(fingerprint)
+
+    def ended(self, fingerprint: int, engines: Iterable[EngineId]) -> None:
+        """It runs there no longer, and that proves nothing: it was aborted, or failed."""
+        for engine in engines:
+            running = self._unproved[engine]
+            running[fingerprint] -= 1
+            if not running[fingerprint]:
+                del running[fingerprint]
+                self._tried.get(engine, set()).discard(fingerprint)
+            if not running:
+                del self._unproved[engine]
+            if not self._tried.get(engine, True):
+                del self._tried[engine]
+
+    def proved(self, fingerprint: int, engines: Iterable[EngineId]) -> None:
+        """It got further than `past` says, or came to its end; `ended` is not needed then."""
+        self.ended(fingerprint, engines)
+        entry = self._entries.get(fingerprint)
+        if entry is not None and entry.strikes < self._limit:
+            del self._entries[fingerprint]
+
+    def died(self, engine: EngineId, in_flight: Mapping[int, int], now: float) -> list[int]:
+        """A process died.
+
+        Args:
+            engine: whose.
+            in_flight: the requests that ran there, by fingerprint, with the tokens that each had been seen to give, 0 before the first.
+                Those that were proved since count like those that were not: they may have crashed it further on.
+            now: when.
+
+        Returns:
+            The fingerprints that are blocked by that.
+        """
+        suspects = sum(self.is_suspect(fingerprint, now) for fingerprint in in_flight)
+        blocked = [fingerprint for fingerprint, tokens in in_flight.items() if self._strike(fingerprint, tokens, now)]
+        for place, running in self._unproved.items():
+            if copies := in_flight.keys() & running.keys():
+                self._tried.setdefault(place, set()).update(copies)
+        sentence = f"{engine} died with {len(in_flight)} requests in flight, {suspects} of them suspects; {len(blocked)} blocked"
+        self.history.append((now, sentence))
+        del self.history[:-HISTORY_LIMIT]
+        return blocked
+
+    def _strike(self, fingerprint: int, tokens: int, now: float) -> bool:
+        entry = self._entries.get(fingerprint)
+        if entry is None or entry.until <= now:
+            entry = self._entries[fingerprint] = _Entry()
+        entry.strikes += 1
+        entry.past = tokens + MARGIN if tokens else 0
+        is_blocked = entry.strikes >= self._limit
+        entry.until = now + (BLOCKED_S if is_blocked else STRIKE_KEPT_S)
+        self._entries.move_to_end(fingerprint)
+        if len(self._entries) > self._kept:
+            self._entries.popitem(last=False)
+        return is_blocked
+
+    # --- what follows
+
+    def blocked(self, fingerprint: int, now: float) -> float:
+        """For how many seconds more this request is refused; 0 when it is not."""
+        entry = self._entries.get(fingerprint)
+        if entry is None or entry.strikes < self._limit:
+            return 0.0
+        return max(0.0, entry.until - now)
+
+    def is_suspect(self, fingerprint: int, now: float) -> bool:
+        """It was in flight when an engine died, and has proved nothing since."""
+        return self._strikes(fingerprint, now) > 0
+
+    def past(self, fingerprint: int) -> int:
+        """How many tokens it must give to be proved: more than these. 0 for its first."""
+        entry = self._entries.get(fingerprint)
+        return 0 if entry is None else entry.past
+
+    def may_go(self, fingerprint: int, engines: Collection[EngineId], now: float, *, patient: bool = True) -> bool:
+        """Whether it may be sent to these engines now.
+
+        Args:
+            fingerprint: of the request.
+            engines: where it would go, one or two.
+            now: when.
+            patient: it can wait for a place where suspects and newcomers do not meet. A caller that has waited for long asks without.
+        """
+        if self.is_suspect(fingerprint, now) and any(fingerprint in running for running in self._tried.values()):
+            return False  # one copy of it at a time
+        return not any(self._shuts(fingerprint, engine, now, patient=patient) for engine in engines)
+
+    def shut(self, fingerprint: int, now: float, *, patient: bool = True) -> tuple[EngineId, ...]:
+        """All engines that are closed to it: what is not to be chosen. Usually none, and then this costs nothing."""
+        places = self._unproved if self.is_suspect(fingerprint, now) else self._tried
+        return tuple(engine for engine in places if self._shuts(fingerprint, engine, now, patient=patient))
+
+    def _shuts(self, fingerprint: int, engine: EngineId, now: float, *, patient: bool) -> bool:
+        tried = any(other != fingerprint for other in self._tried.get(engine, ()))
+        if patient and not tried and self.is_suspect(fingerprint, now):
+            return any(other != fingerprint for other in self._unproved.get(engine, ()))
+        return tried and (patient or self.is_suspect(fingerprint, now))
+
+    def _strikes(self, fingerprint: int, now: float) -> int:
+        entry = self._entries.get(fingerprint)
+        return 0 if entry is None or entry.until <= now else entry.strikes
+
+    def check(self) -> None:
+        """Asserts what is always true."""
+        assert len(self._entries) <= self._kept
+        assert all(0 < entry.strikes <= self._limit for entry in self._entries.values())
+        assert all(running and all(count > 0 for count in running.values()) for running in self._unproved.values())
+        assert all(tried and tried <= self._unproved[engine].keys() for engine, tried in self._tried.items())
+
+    def __repr__(self) -> str:
+        blocked = sum(entry.strikes >= self._limit for entry in self._entries.values())
+        return f"<Ledger suspects={len(self._entries) - blocked} blocked={blocked} unproved={sum(map(len, self._unproved.values()))}>"

@@ -1,0 +1,206 @@
+"""The ledger of requests that kill engines: two deaths at most, and nobody else is blamed."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from disagg.model import EngineId
+from disagg.policy.blame import BLOCKED_S, MARGIN, STRIKE_KEPT_S, Ledger
+
+A, B, C = EngineId("a"), EngineId("b"), EngineId("c")
+POISON, GOOD, OTHER = 1, 2, 3
+
+
+def test_one_death_makes_suspects_and_two_block() -> None:
+    ledger = Ledger()
+    assert ledger.died(A, {POISON: 0, GOOD: 0}, 0.0) == []
+    assert ledger.is_suspect(POISON, 1.0)
+    assert ledger.is_suspect(GOOD, 1.0)
+    assert ledger.died(B, {POISON: 0}, 1.0) == [POISON]
+    assert ledger.blocked(POISON, 1.0) == BLOCKED_S
+    assert ledger.blocked(GOOD, 1.0) == 0.0
+    ledger.check()
+
+
+def test_a_block_ends_and_so_does_a_strike() -> None:
+    ledger = Ledger()
+    ledger.died(A, {POISON: 0, GOOD: 0}, 0.0)
+    ledger.died(B, {POISON: 0}, 1.0)
+    assert ledger.blocked(POISON, BLOCKED_S) == 1.0
+    assert ledger.blocked(POISON, BLOCKED_S + 1.0) == 0.0
+    assert not ledger.is_suspect(GOOD, STRIKE_KEPT_S)
+    assert ledger.died(C, {GOOD: 0}, STRIKE_KEPT_S + 1.0) == [], "the death of long ago does not count"
+
+
+def test_who_got_further_is_no_suspect() -> None:
+    ledger = Ledger()
+    ledger.sent(GOOD, [A])
+    ledger.died(A, {GOOD: 50}, 0.0)
+    ledger.ended(GOOD, [A])
+    assert ledger.past(GOOD) == 50 + MARGIN
+    ledger.sent(GOOD, [B])
+    ledger.proved(GOOD, [B])
+    assert not ledger.is_suspect(GOOD, 1.0)
+    assert ledger.died(B, {GOOD: 70}, 2.0) == []
+    ledger.check()
+
+
+def test_suspects_keep_away_from_each_other_however_impatient() -> None:
+    ledger = Ledger()
+    ledger.died(A, {POISON: 0, GOOD: 0}, 0.0)
+    ledger.sent(POISON, [B])
+    assert not ledger.may_go(GOOD, [B], 1.0)
+    assert not ledger.may_go(GOOD, [C, B], 1.0, patient=False)
+    assert ledger.may_go(GOOD, [C], 1.0)
+    assert ledger.shut(GOOD, 1.0) == (B,)
+    ledger.proved(POISON, [B])
+    assert ledger.may_go(GOOD, [B], 1.0)
+
+
+def test_newcomers_and_suspects_keep_apart_while_they_can_wait() -> None:
+    ledger = Ledger()
+    ledger.sent(OTHER, [C])
+    ledger.died(A, {POISON: 0}, 0.0)
+    assert not ledger.may_go(POISON, [C], 1.0)
+    assert ledger.may_go(POISON, [C], 1.0, patient=False)
+    ledger.sent(POISON, [B])
+    assert not ledger.may_go(4, [B], 1.0)
+    assert ledger.shut(4, 1.0) == (B,)
+    assert ledger.may_go(4, [B], 1.0, patient=False)
+    assert ledger.may_go(4, [C], 1.0)
+
+
+def test_one_copy_of_a_suspect_runs_at_a_time() -> None:
+    ledger = Ledger()
+    ledger.sent(POISON, [A])
+    ledger.sent(POISON, [B])
+    ledger.died(A, {POISON: 0}, 0.0)
+    ledger.ended(POISON, [A])
+    assert not ledger.may_go(POISON, [C], 1.0), "the other copy is not proved"
+    ledger.ended(POISON, [B])
+    assert ledger.may_go(POISON, [C], 1.0)
+
+
+def test_without_any_death_nothing_is_shut() -> None:
+    ledger = Ledger()
+    for fingerprint in range(1000):
+        ledger.sent(fingerprint, [A, B])
+    assert ledger.shut(5, 0.0) == ()
+    assert ledger.may_go(5, [A], 0.0)
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    ledger = Ledger(kept=100)
+    for fingerprint in range(1000):
+        ledger.died(A, {fingerprint: 0}, 0.0)
+        ledger.check()
+    assert not ledger.is_suspect(0, 0.0)
+    assert ledger.is_suspect(999, 0.0)
+    assert "suspects=100" in repr(ledger)
+
+
+class Walk:
+    """A cluster in which some requests kill the engine that reads them, driven as the router would.
+
+    Args:
+        ledger: the defence.
+        patient: callers wait until suspects and newcomers do not meet.
+    """
+
+    def __init__(self, ledger: Ledger, chance: random.Random, *, engines: int, poison: set[int], patient: bool = True) -> None:
+        self.ledger = ledger
+        self.chance = chance
+        self.poison = poison
+        self.patient = patient
+        self.engines = [EngineId(f"e{i}") for i in range(engines)]
+        self.running: dict[EngineId, list[int]] = {e: [] for e in self.engines}
+        self.waiting: list[int] = []
+        self.deaths: dict[int, int] = dict.fromkeys(poison, 0)
+        self.answered: set[int] = set()
+        self.refused: set[int] = set()
+        self.now = 0.0
+
+    def step(self) -> None:
+        self.now += 0.01
+        if self.waiting and self.chance.random() < 0.6:
+            self.send(self.waiting.pop(self.chance.randrange(len(self.waiting))))
+        busy = [e for e in self.engines if self.running[e]]
+        if busy and self.chance.random() < 0.5:
+            self.advance(self.chance.choice(busy))
+        self.ledger.check()
+
+    def send(self, request: int) -> None:
+        if self.ledger.blocked(request, self.now):
+            self.refused.add(request)
+            return
+        shut = self.ledger.shut(request, self.now, patient=self.patient)
+        open_to = [e for e in self.engines if e not in shut]
+        engine = self.chance.choice(open_to) if open_to else None
+        if engine is None or not self.ledger.may_go(request, [engine], self.now, patient=self.patient):
+            self.waiting.append(request)
+            return
+        self.ledger.sent(request, [engine])
+        self.running[engine].append(request)
+
+    def advance(self, engine: EngineId) -> None:
+        """One of the requests there gets to the point at which it kills the engine or is answered."""
+        request = self.chance.choice(self.running[engine])
+        if request not in self.poison:
+            self.running[engine].remove(request)
+            self.ledger.proved(request, [engine])
+            self.answered.add(request)
+            return
+        self.deaths[request] += 1
+        lost, self.running[engine] = self.running[engine], []
+        self.ledger.died(engine, dict.fromkeys(lost, 0), self.now)
+        for each in lost:
+            self.ledger.ended(each, [engine])
+        self.waiting += lost
+
+    def run(self, arrivals: list[int]) -> None:
+        left = list(arrivals)
+        for _ in range(100_000):
+            if left and self.chance.random() < 0.3:
+                self.waiting.append(left.pop())
+            if not left and not self.waiting and not any(self.running.values()):
+                return
+            self.step()
+        raise AssertionError("somebody waits for ever")
+
+
+def innocents(count: int = 100) -> list[int]:
+    return [1000 + i for i in range(count)]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_poison_kills_two_engines_at_most_and_no_innocent_is_lost(seed: int) -> None:
+    chance = random.Random(seed)
+    poison = set(range(chance.randrange(1, 6)))
+    arrivals = [*innocents(), *poison, *poison]  # who is refused tries again
+    chance.shuffle(arrivals)
+    walk = Walk(Ledger(), chance, engines=chance.randrange(2, 5), poison=poison)
+    walk.run(arrivals)
+    assert all(0 < deaths <= 2 for deaths in walk.deaths.values()), walk.deaths
+    assert walk.answered == set(innocents())
+    assert walk.refused == poison
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_one_poison_is_found_among_innocents_even_when_nobody_waits_for_newcomers(seed: int) -> None:
+    chance = random.Random(seed)
+    arrivals = [*innocents(), POISON, POISON, POISON]
+    chance.shuffle(arrivals)
+    walk = Walk(Ledger(), chance, engines=3, poison={POISON}, patient=False)
+    walk.run(arrivals)
+    assert walk.deaths[POISON] <= 3, "copies that arrive before anybody can know better run side by side"
+    assert walk.answered == set(innocents())
+
+
+def test_without_the_ledger_poison_kills_engine_after_engine() -> None:
+    chance = random.Random(1)
+    walk = Walk(Ledger(strikes=10**9), chance, engines=3, poison={POISON})
+    with pytest.raises(AssertionError, match="waits for ever"):
+        walk.run([*innocents(), POISON])
+    assert walk.deaths[POISON] > 100

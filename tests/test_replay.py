@@ -1,0 +1,107 @@
+"""Which failures are replayed, and how many at a time."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from disagg.errors import (
+    ClientGoneError,
+    DeadlineError,
+    DisaggError,
+    EngineError,
+    EngineRefusedError,
+    EngineTimeoutError,
+    NoCapacityError,
+    RequestError,
+)
+from disagg.policy.replay import FLOOR, PER_REQUEST, SHARE, Blame, ReplayBudget, judge
+
+N, E, P = Blame.NOBODY, Blame.ENGINE, Blame.PAIR
+
+
+def refused(status: int) -> EngineRefusedError:
+    return EngineRefusedError("it refused", status=status)
+
+
+@pytest.mark.parametrize(
+    ("error", "replay", "before", "after"),
+    [
+        (ClientGoneError("x"), False, N, N),
+        (RequestError("x"), False, N, N),
+        (DeadlineError("x"), False, N, N),
+        (NoCapacityError("x"), False, N, N),
+        (DisaggError("x"), False, N, N),
+        (refused(400), False, N, N),
+        (refused(404), False, N, N),
+        (refused(413), False, N, N),
+        (refused(422), False, N, N),
+        (refused(429), True, N, N),
+        (refused(503), True, N, N),
+        (refused(500), True, P, E),
+        (refused(502), True, P, E),
+        (EngineTimeoutError("x"), True, P, E),
+        (EngineError("x"), True, E, E),
+    ],
+    ids=str,
+)
+def test_every_failure_has_a_verdict(error: DisaggError, replay: bool, before: Blame, after: Blame) -> None:
+    verdicts = [judge(error, paired=True, first_token_seen=seen) for seen in (False, True)]
+    assert [v.replay for v in verdicts] == [replay, replay]
+    assert [v.blame for v in verdicts] == [before, after]
+    assert all(v.why for v in verdicts)
+
+
+def test_a_unified_engine_has_no_pair_to_blame() -> None:
+    assert judge(EngineTimeoutError("x"), paired=False, first_token_seen=False).blame is E
+
+
+def test_a_request_is_replayed_twice_and_no_more() -> None:
+    budget = ReplayBudget()
+    assert budget.take(replayed=0, in_flight=1) == ""
+    assert budget.take(replayed=1, in_flight=1) == ""
+    assert "2 times already" in budget.take(replayed=2, in_flight=1)
+    assert budget.refused == {"request": 1}
+
+
+def test_so_many_at_a_time() -> None:
+    budget = ReplayBudget()
+    granted = [budget.take(replayed=0, in_flight=50) for _ in range(20)]
+    assert granted[:10] == [""] * 10
+    assert "more than 10 at a time" in granted[10]
+    budget.give_back()
+    assert budget.take(replayed=0, in_flight=50) == ""
+
+
+def test_few_requests_in_flight_leave_the_floor() -> None:
+    budget = ReplayBudget()
+    assert [bool(budget.take(replayed=0, in_flight=1)) for _ in range(4)] == [False, False, False, True]
+
+
+def storm(budget: ReplayBudget, in_flight: int) -> int:
+    """Everything that is in flight fails at once; how many are sent again at a time."""
+    return sum(not budget.take(replayed=0, in_flight=in_flight) for _ in range(in_flight))
+
+
+def test_a_storm_is_held_back_and_without_the_budget_it_is_not() -> None:
+    assert storm(ReplayBudget(), 1000) == 200
+    assert storm(ReplayBudget(share=1.0), 1000) == 1000, "the defence is off: everything at once"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_never_over_the_budget_whatever_happens(seed: int) -> None:
+    chance = random.Random(seed)
+    budget, running = ReplayBudget(), 0
+    for _ in range(2000):
+        if running and chance.random() < 0.5:
+            budget.give_back()
+            running -= 1
+            continue
+        in_flight, replayed = chance.randrange(1, 200), chance.randrange(4)
+        refusal = budget.take(replayed=replayed, in_flight=in_flight)
+        if not refusal:
+            running += 1
+            assert replayed < PER_REQUEST
+            assert running <= max(FLOOR, int(in_flight * SHARE))
+        assert budget.running == running
