@@ -80,6 +80,8 @@ class RouterMetrics(Collector):
         self.control: ControlCounts | None = None
         self.prefixes: PrefixIndex | None = None
         self.canaries: Mapping[str, int] = {}
+        self.refused: Mapping[str, int] = {}
+        self.log_dropped: Callable[[], int] = int
         self._view = view
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -96,6 +98,10 @@ class RouterMetrics(Collector):
         bad = len(self._view().quarantined)
         yield GaugeMetricFamily("disagg_quarantined_pairs", "Pairs that are not used, because they answer wrong.", value=bad)
         yield _counter("disagg_shed", "Requests refused for want of capacity, by reason.", ["reason"], _by_one(self.shed))
+        yield _counter(
+            "disagg_connections_refused", "Connections refused, by what there was too much of.", ["reason"], _by_one(self.refused)
+        )
+        yield CounterMetricFamily("disagg_log_dropped", "Lines of the log that nobody took in time.", value=self.log_dropped())
         yield self.loop_lag.family("disagg_loop_lag_seconds", "How late the router's own timer was.")
         yield from self._of_engines()
         if self.control is not None:
