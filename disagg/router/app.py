@@ -106,6 +106,8 @@ class PublicListener:
         writer: AbstractStreamWriter,
         task: asyncio.Task[None],
     ) -> web.BaseRequest:
+        if message.upgrade:
+            message = message._replace(should_close=True)  # what follows it in the same read is lost, so nothing may follow
         return web.BaseRequest(message, payload, protocol, writer, task, self._relay.loop, client_max_size=self._body_limit)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
