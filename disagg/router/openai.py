@@ -280,9 +280,17 @@ def _note_openai(request: ClientRequest, fields: Any) -> None:
     if request.route is Route.COMPLETIONS:
         if not _given(fields.prompt):
             raise RequestError("`prompt` is missing: send a string, a list of strings or token ids", param="prompt")
+        _check_start(fields.prompt, b'"[', "prompt")
         request.prompts = _list_length(fields.prompt)
     elif not _given(fields.messages):
         raise RequestError("`messages` is missing: send a list of {role, content} objects", param="messages")
+    else:
+        _check_start(fields.messages, b"[", "messages")
+
+
+def _check_start(raw: msgspec.Raw, allowed: bytes, field: str) -> None:
+    if memoryview(raw)[0] not in allowed:
+        raise RequestError(f"`{field}` takes a list{' or a string' if len(allowed) > 1 else ''}", param=field)
 
 
 def _given(raw: msgspec.Raw) -> bool:
@@ -296,6 +304,7 @@ def _note_generate(request: ClientRequest, fields: _GenerateFields) -> None:
     given = [raw for raw in (fields.text, fields.input_ids) if _given(raw)]
     if len(given) != 1:
         raise RequestError("send exactly one of `text` and `input_ids`", param="text")
+    _check_start(given[0], b'"[', "text" if _given(fields.text) else "input_ids")
     request.prompts = _list_length(given[0])
     counts = {sampling.n or 1 for sampling in _sampling_fields(fields.sampling_params)} or {1}
     if len(counts) > 1:
