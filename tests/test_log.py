@@ -66,7 +66,7 @@ def test_a_sentence_of_a_library_is_said_once_in_a_second(defended: bool) -> Non
     """As asyncio's own loop does when it has no file left to accept a connection with."""
     stream = io.StringIO()
     handler = Foreign(make_logger("info", "json", stream)) if defended else logging.StreamHandler(stream)
-    logger = logging.Logger("asyncio")
+    logger = logging.Logger("asyncio")  # noqa: LOG001  # nobody else shall hear it
     logger.addHandler(handler)
     for number in range(10_000):
         logger.error("socket.accept() out of system resource, %d", number)

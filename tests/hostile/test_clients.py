@@ -49,7 +49,7 @@ async def crowd(port: int, number: int, stack: contextlib.AsyncExitStack) -> lis
         with contextlib.suppress(ConnectionError, TimeoutError):
             async with asyncio.timeout(30):
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
-                stack.callback(writer.transport.abort)
+                stack.callback(writer.close)
                 writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
                 head = await reader.readuntil(b"\r\n\r\n")
                 length = re.search(rb"(?i)content-length: (\d+)", head)
