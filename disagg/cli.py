@@ -149,13 +149,15 @@ def serve(
     """Run one host's part of a cluster: the router, or a host whose engines join it."""
     loaded = _load(config, flags)
     if role is ServeRole.ROUTER:
-        from disagg import server  # noqa: PLC0415  # as in `up`: `--version`, `--help` and `check` need not wait for aiohttp
+        from disagg import life, server  # noqa: PLC0415  # as in `up`: `--version`, `--help` and `check` need not wait for aiohttp
 
-        server.run(lambda: server.serve_router(loaded, _say))
+        with life.people() as say:
+            life.run(lambda: server.serve_router(loaded, say))
     else:
-        from disagg import host  # noqa: PLC0415
+        from disagg import host, life  # noqa: PLC0415
 
-        host.run(lambda: host.serve_host(loaded, Role(role), token, _say))
+        with life.people() as say:
+            life.run(lambda: host.serve_host(loaded, Role(role), token, say))
 
 
 @app.command()
@@ -177,9 +179,10 @@ def up(
     }
     if not unified and not (counts[Role.PREFILL] and counts[Role.DECODE]):
         raise typer.BadParameter("a cluster needs a prefill and a decode engine, or a unified one")
-    from disagg import server  # noqa: PLC0415
+    from disagg import life, server  # noqa: PLC0415
 
-    server.run(lambda: server.run_up(loaded, counts, _say))
+    with life.people() as say:
+        life.run(lambda: server.run_up(loaded, counts, say))
 
 
 @app.command()

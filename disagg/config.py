@@ -53,6 +53,9 @@ class RouterSection(msgspec.Struct, frozen=True):
     unified: Annotated[tuple[str, ...], _doc("A unified engine that runs already: URL. Repeatable.")] = ()
     body_limit_mib: Annotated[int, _doc("Largest request body; more is a 413.", ge=1, le=1024)] = 16
     queue_timeout_s: Annotated[_Seconds, _doc("How long a request waits for engines before it is refused.")] = 10.0
+    connections_per_address: Annotated[
+        int, _doc("Connections that one client address (of IPv6 one /64 network) may have; loopback may have any number.", ge=1, le=_MANY)
+    ] = 256
     connect_timeout_s: Annotated[_Seconds, _doc("How long connecting to an engine may take.")] = 2.0
     first_token_timeout_s: Annotated[_Seconds, _doc("How long a stream may take to begin.")] = 60.0
     whole_answer_timeout_s: Annotated[_Seconds, _doc("How long an answer that is no stream may take to be complete.")] = 600.0

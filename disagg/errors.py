@@ -7,6 +7,7 @@ DisaggError                  exit 1, HTTP 500
 ├── RequestError             HTTP 400            the client's fault; never counts against an engine
 │   ├── UnknownModelError    HTTP 404
 │   ├── BodyTooLargeError    HTTP 413
+│   ├── SlowRequestError     HTTP 408            its body came too slowly
 │   ├── OrderError           HTTP 409            what a person ordered cannot be done, or not to this engine
 │   ├── NameTakenError       HTTP 409            a host's name or key is registered to another host
 │   └── ClientGoneError      HTTP 499            nobody is left to read the answer (logs and metrics only)
@@ -79,6 +80,12 @@ class BodyTooLargeError(RequestError):
     """The body is over the limit; it was not read to the end."""
 
     status = 413
+
+
+class SlowRequestError(RequestError):
+    """The body came more slowly than any client must be waited for."""
+
+    status = 408
 
 
 class OrderError(RequestError):

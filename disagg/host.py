@@ -28,14 +28,13 @@ from disagg.engines.process import ChildLauncher, UnitLauncher
 from disagg.engines.restart import EngineLife, Limits
 from disagg.errors import ConfigError, StartError
 from disagg.launches import KEY_VARIABLE, EngineSpec, Launches
-from disagg.life import Say, Stop, owned_tasks, run, set_limits, settle_memory
+from disagg.life import Say, Stop, owned_tasks, set_limits, settle_memory, voice
 from disagg.model import EngineAddress, EngineId, Role
-from disagg.observe.log import make_logger
 from disagg.security.keys import KeyPair, load_given_key, load_or_make_key
 from disagg.security.state import create_private, host_folder, read_private, state_root, write_private
 from disagg.security.token import Token
 
-__all__ = ["Host", "HostPlan", "host_running", "make_plan", "run", "serve_host"]
+__all__ = ["Host", "HostPlan", "host_running", "make_plan", "serve_host"]
 
 PROBE_PATIENCE_S = 2.0
 TOKEN_VARIABLE = "DISAGG_TOKEN"  # noqa: S105  # the variable's name
@@ -274,8 +273,12 @@ async def serve_host(config: Config, role: Role, token: str, say: Say) -> None:
         ConfigError: a setting does not do for a host.
         StartError: it cannot start, or the router refuses it.
     """
+    with voice(config.observe) as (log, _):
+        await _serve_host(config, role, token, say, log)
+
+
+async def _serve_host(config: Config, role: Role, token: str, say: Say, log: structlog.typing.FilteringBoundLogger) -> None:
     began = time.monotonic()
-    log = make_logger(config.observe.log_level, config.observe.log_format)
     stop = Stop(asyncio.get_running_loop(), say)
     set_limits()
     plan = make_plan(config, role, token)

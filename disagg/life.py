@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
 import os
 import resource
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
 import structlog
 import uvloop
 
+from disagg.config import ObserveSection
+from disagg.observe.log import Foreign, Sink, make_logger
 from disagg.observe.notify import Notifier
 
 Say = Callable[[str], None]
@@ -23,6 +27,30 @@ def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Runs a coroutine to its end on uvloop."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())
+
+
+@contextlib.contextmanager
+def voice(section: ObserveSection) -> Iterator[tuple[structlog.typing.FilteringBoundLogger, Sink]]:
+    """A logger on standard error that nobody waits for, and what stands behind it; libraries speak through it too."""
+    with Sink(sys.stderr) as sink:
+        log = make_logger(section.log_level, section.log_format, sink)
+        libraries = Foreign(log)
+        logging.getLogger().addHandler(libraries)
+        try:
+            yield log, sink
+        finally:
+            logging.getLogger().removeHandler(libraries)
+
+
+@contextlib.contextmanager
+def people() -> Iterator[Say]:
+    """What is said to people on standard output; nobody waits for them either."""
+    with Sink(sys.stdout) as sink:
+
+        def say(line: str) -> None:
+            sink.write(f"{line}\n")
+
+        yield say
 
 
 class Stop:
@@ -110,3 +138,9 @@ def set_limits() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def file_limit() -> int:
+    """How many files this process may open; a connection is one."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return soft if soft != resource.RLIM_INFINITY else 1 << 30

@@ -31,22 +31,23 @@ from disagg.handoff import Limits
 from disagg.host import Host, HostPlan, host_running, only_one
 from disagg.ids import Ids
 from disagg.launches import EngineSpec, Launches, model_of
-from disagg.life import Say, Stop, owned_tasks, run, set_limits, settle_memory, supervised
+from disagg.life import Say, Stop, file_limit, owned_tasks, set_limits, settle_memory, supervised, voice
 from disagg.model import EngineAddress, EngineId, EngineState, EngineView, Role
-from disagg.observe.log import make_logger
+from disagg.observe.log import Sink, make_logger
 from disagg.observe.metrics import RouterMetrics
 from disagg.policy.holds import Hold
 from disagg.policy.pace import Pace
 from disagg.router.admin import admin_app, no_control_plane
 from disagg.router.admission import Admission
 from disagg.router.app import PublicListener
+from disagg.router.gate import Gate
 from disagg.router.owner import Owner
 from disagg.router.relay import Relay
 from disagg.security.keys import KeyPair, load_given_key, load_key, load_or_make_key, publish_key
 from disagg.security.state import router_key_path, router_public_path, router_tokens_path, state_root
 from disagg.security.token import Token, TokenStore
 
-__all__ = ["Router", "router_running", "run", "run_up", "serve_router"]
+__all__ = ["Router", "router_running", "run_up", "serve_router"]
 
 START_POLL_S = 0.02
 DRAIN_POLL_S = 0.02
@@ -191,6 +192,8 @@ async def router_running(
             log=log,
         )
         controller.on_view = owner.changed
+        gate = Gate(per_address=section.connections_per_address, file_limit=file_limit())
+        metrics.refused = gate.refused
         listener = PublicListener(
             relay=relay,
             owner=owner,
@@ -198,9 +201,11 @@ async def router_running(
             metrics=metrics,
             ids=ids,
             body_limit=section.body_limit_mib * 1024 * 1024,
+            gate=gate,
             started_at=int(wall_now()),
             log=log,
         )
+        stack.callback(listener.close)
         head, control = _control_plane(stack, config, controller, root, spawn, ids, log, say, wall_now, control_server)
         examiner = Examiner(
             view=lambda: controller.view, ask=relay.ask, spawn=spawn, new_salt=ids.request_id, on_judged=controller.judged, log=log
@@ -391,14 +396,19 @@ def _cannot_listen(flag: str, address: str, error: OSError) -> StartError:
 
 async def serve_router(config: Config, say: Say) -> None:
     """``disagg serve --role router``: takes hosts that join, and engines that were given by URL."""
+    with voice(config.observe) as (log, sink):
+        await _serve_router(config, say, log, sink)
+
+
+async def _serve_router(config: Config, say: Say, log: structlog.typing.FilteringBoundLogger, sink: Sink) -> None:
     began = time.monotonic()
-    log = make_logger(config.observe.log_level, config.observe.log_format)
     stop = Stop(asyncio.get_running_loop(), say)
     set_limits()
     addresses = engine_addresses(config.router)
     root = state_root(config.security.state_dir or None, os.environ)
     notes: list[str] = []
     async with router_running(config, addresses, log, root=root, say=notes.append) as router:
+        router.metrics.log_dropped = lambda: sink.dropped
         for line in (f"disagg {__version__} router", *notes):
             say(line)
         for address in addresses:
@@ -442,8 +452,12 @@ async def run_up(config: Config, counts: dict[Role, int], say: Say) -> None:
         ConfigError: settings contradict each other.
         StartError: an engine or the router cannot start.
     """
+    with voice(config.observe) as (log, sink):
+        await _run_up(config, counts, say, log, sink)
+
+
+async def _run_up(config: Config, counts: dict[Role, int], say: Say, log: structlog.typing.FilteringBoundLogger, sink: Sink) -> None:
     began = time.monotonic()
-    log = make_logger(config.observe.log_level, config.observe.log_format)
     stop = Stop(asyncio.get_running_loop(), say)
     set_limits()
     config = _throw_away(config)
@@ -457,6 +471,7 @@ async def run_up(config: Config, counts: dict[Role, int], say: Say) -> None:
         stack.callback(shutil.rmtree, run_dir, ignore_errors=True)
         router = await stack.enter_async_context(router_running(config, [], log, root=run_dir, say=lambda _: None))
         assert router.control is not None
+        router.metrics.log_dropped = lambda: sink.dropped
         roles = tuple(role for role, n in counts.items() if n)
         token = router.make_token(roles)
         plan = HostPlan(
@@ -468,7 +483,7 @@ async def run_up(config: Config, counts: dict[Role, int], say: Say) -> None:
             token=token,
             is_child=True,
         )
-        quiet = make_logger("error" if config.observe.log_level == "error" else "warning", config.observe.log_format)
+        quiet = make_logger("error" if config.observe.log_level == "error" else "warning", config.observe.log_format, sink)
         host = await stack.enter_async_context(host_running(config, plan, quiet))  # the router says the same of its engines
         await _wait_ready(router, host, stop, say)
         for engine in router.controller.view.engines:

@@ -26,6 +26,8 @@ NAMES = {
     "disagg_cut_pairs": ("gauge", set()),
     "disagg_ejections": ("counter", {"reason"}),
     "disagg_shed": ("counter", {"reason"}),
+    "disagg_connections_refused": ("counter", {"reason"}),
+    "disagg_log_dropped": ("counter", set()),
     "disagg_loop_lag_seconds": ("histogram", set()),
     "disagg_engines": ("gauge", {"role", "state"}),
     "disagg_kv_transfer_bytes": ("counter", set()),

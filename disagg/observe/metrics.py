@@ -85,6 +85,8 @@ class RouterMetrics(Collector):
         self.orphans: Mapping[str, int] = {}
         self.holds: Callable[[], Sequence[Hold]] = tuple
         self.ejections: Mapping[str, int] = {}
+        self.refused: Mapping[str, int] = {}
+        self.log_dropped: Callable[[], int] = int
         self._view = view
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -108,6 +110,10 @@ class RouterMetrics(Collector):
         text = "Engines that got no new work for a while, by reason, and pairs that were cut."
         yield _counter("disagg_ejections", text, ["reason"], _by_one(self.ejections))
         yield _counter("disagg_shed", "Requests refused for want of capacity, by reason.", ["reason"], _by_one(self.shed))
+        yield _counter(
+            "disagg_connections_refused", "Connections refused, by what there was too much of.", ["reason"], _by_one(self.refused)
+        )
+        yield CounterMetricFamily("disagg_log_dropped", "Lines of the log that nobody took in time.", value=self.log_dropped())
         yield self.loop_lag.family("disagg_loop_lag_seconds", "How late the router's own timer was.")
         yield from self._of_engines()
         if self.control is not None:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
-from http import HTTPStatus
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import msgspec
 import structlog
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
@@ -25,15 +24,20 @@ from disagg.model import ClusterView
 from disagg.observe.metrics import RouterMetrics
 from disagg.router.client import Client
 from disagg.router.compose import Composition
+from disagg.router.connection import Server, error_response, hurry, read_body
+from disagg.router.gate import Gate
 from disagg.router.legs import WholeLeg
 from disagg.router.merge import sample_bodies
-from disagg.router.openai import ClientRequest, Route, error_body, error_event, error_object, models_body, parse_request
+from disagg.router.openai import ClientRequest, Route, error_body, error_event, models_body, parse_request
 from disagg.router.owner import Owner
 from disagg.router.relay import Job, Record, Relay
 from disagg.router.stream import Stream
 
-BODY_TIMEOUT_S = 30.0
 KEEPALIVE_S = 75.0
+LARGE_BODY = 256 * 1024
+"""A larger body is parsed in a thread, one at a time, so that the loop turns meanwhile."""
+SAMPLES_LIMIT = 64 * 1024 * 1024
+"""Bytes that one request may become when it is split into samples."""
 
 _QUIET = frozenset({"client_error", "client_gone", "deadline", "no_capacity"})
 """Outcomes that happen in masses when clients or the load are wild: they are counted and not logged one by one."""
@@ -50,6 +54,7 @@ class PublicListener:
 
     Args:
         body_limit: the largest body, in bytes.
+        gate: counts the connections.
         started_at: Unix seconds; only shown, as the creation time of models.
     """
 
@@ -62,6 +67,7 @@ class PublicListener:
         metrics: RouterMetrics,
         ids: Ids,
         body_limit: int,
+        gate: Gate,
         started_at: int,
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
@@ -72,13 +78,21 @@ class PublicListener:
         self._metrics = metrics
         self._ids = ids
         self._body_limit = body_limit
+        self._gate = gate
+        self._reader = ThreadPoolExecutor(1, "large bodies")
         self._started_at = started_at
         self._log = log
 
     def server(self) -> web.Server:
-        """The protocol factory to listen with."""
-        server = _Server(
+        """The protocol factory to listen with.
+
+        Raises:
+            StartError: aiohttp was installed without its C parser.
+        """
+        return Server(
             self.handle,
+            gate=self._gate,
+            log=self._log,
             request_factory=self._make_request,
             handler_cancellation=True,
             auto_decompress=False,
@@ -88,8 +102,10 @@ class PublicListener:
             max_line_size=8190,
             max_field_size=16 * 1024,
         )
-        server.log = self._log
-        return server
+
+    def close(self) -> None:
+        """Nothing is listened to any more."""
+        self._reader.shutdown(wait=False, cancel_futures=True)
 
     def _make_request(
         self,
@@ -99,6 +115,8 @@ class PublicListener:
         writer: AbstractStreamWriter,
         task: asyncio.Task[None],
     ) -> web.BaseRequest:
+        if message.upgrade:
+            message = message._replace(should_close=True)  # what follows it in the same read is lost, so nothing may follow
         return web.BaseRequest(message, payload, protocol, writer, task, self._relay.loop, client_max_size=self._body_limit)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -142,8 +160,10 @@ class PublicListener:
         if self.draining:
             raise NoCapacityError("this router is shutting down; ask again", retry_after_s=2, reason="draining")
         deadline_at = self._deadline(http, record.started_at)
-        request = parse_request(route, await self._body(http, client))
+        request = await self._parse(route, await self._body(http, client))
         record.model = request.model
+        if request.samples * len(request.rest) > SAMPLES_LIMIT:
+            raise BodyTooLargeError(f"`n` times the body is over the limit of {SAMPLES_LIMIT} bytes: ask for fewer samples")
         owner = self._owner
         owner.check(request)
         split = request.samples > 1 and (request.stream or owner.may_pair(request))
@@ -195,13 +215,17 @@ class PublicListener:
         if "Expect" in headers:
             client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
-                return await http.read()
-        except web.HTTPRequestEntityTooLarge as error:
-            raise self._too_large(client) from error
-        except TimeoutError as error:
+            return await read_body(http, self._body_limit)
+        except RequestError as error:
             client.must_close()
-            raise RequestError(f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from error
+            if error.status != 413:  # who sends too much may be one who means well and reads only when all is sent
+                hurry(http)
+            raise
+
+    async def _parse(self, route: Route, body: bytes) -> ClientRequest:
+        if len(body) <= LARGE_BODY:
+            return parse_request(route, body)
+        return await self._relay.loop.run_in_executor(self._reader, parse_request, route, body)
 
     def _too_large(self, client: Client) -> BodyTooLargeError:
         client.must_close()
@@ -227,13 +251,15 @@ class PublicListener:
     # --- the rest
 
     async def _other(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
+        if not request.content.is_eof() and request.content_length is None:
+            hurry(request)  # chunks without end would be parsed, only to be dropped
         if path in _ROUTES:
-            return _error(405, f"{path} takes POST", headers={"Allow": "POST"})
+            return error_response(405, f"{path} takes POST", headers={"Allow": "POST"})
         if path not in _GET_PATHS:
             known = ", ".join(sorted([*_ROUTES, *_GET_PATHS]))
-            return _error(404, f"there is nothing at {path[:200]!r}; there is {known}")
+            return error_response(404, f"there is nothing at {path[:200]!r}; there is {known}")
         if request.method not in {"GET", "HEAD"}:
-            return _error(405, f"{path} takes GET", headers={"Allow": "GET, HEAD"})
+            return error_response(405, f"{path} takes GET", headers={"Allow": "GET, HEAD"})
         if path == "/healthz":
             return web.json_response({"status": "alive"})
         return self._models() if path == "/v1/models" else self._ready()
@@ -247,7 +273,7 @@ class PublicListener:
         reason = "this router is shutting down" if self.draining else self._view().why_not_ready()
         if not reason:
             return web.json_response({"status": "ready"})
-        return _error(503, reason, headers={"Retry-After": "2"})
+        return error_response(503, reason, headers={"Retry-After": "2"})
 
 
 def _user(http: web.BaseRequest) -> str:
@@ -269,30 +295,6 @@ def _priority(http: web.BaseRequest) -> int:
     return int(text)
 
 
-class _Connection(web.RequestHandler):
-    """Answers HTTP that cannot be parsed with an OpenAI error object, and logs no traceback for it."""
-
-    __slots__ = ()
-
-    def handle_error(
-        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
-    ) -> web.StreamResponse:
-        """Called by aiohttp when a request is not HTTP, or when a handler raised."""
-        if status == 500 and isinstance(self._manager, _Server):
-            self._manager.log.error("a request failed outside of its handler", exc_info=exc)
-        sentence = "the request is not valid HTTP/1.1" if status == 400 else "disagg failed on this request"
-        response = _error(status, sentence)
-        response.force_close()
-        return response
-
-
-class _Server(web.Server):
-    log: structlog.typing.FilteringBoundLogger
-
-    def __call__(self) -> web.RequestHandler:
-        return _Connection(self, loop=self._loop, **self._kwargs)
-
-
 def _outcome(error: DisaggError) -> str:
     if isinstance(error, ClientGoneError):
         return "client_gone"
@@ -303,9 +305,3 @@ def _outcome(error: DisaggError) -> str:
     if 400 <= error.status < 500:
         return "client_error"
     return "engine_error" if error.kind == "engine_error" else "internal_error"
-
-
-def _error(status: int, sentence: str, headers: dict[str, str] | None = None) -> web.Response:
-    kind = "invalid_request_error" if status < 500 else "service_unavailable" if status == 503 else "internal_error"
-    body = msgspec.json.encode(error_object(sentence, kind=kind))
-    return web.Response(status=status, reason=HTTPStatus(status).phrase, body=body, content_type="application/json", headers=headers)

@@ -9,9 +9,11 @@ Sources: OpenAI API reference; SGLang 0.5.23 ``entrypoints/openai/protocol.py`` 
 
 from __future__ import annotations
 
+import codecs
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
+from itertools import accumulate
 from typing import Annotated, Any
 
 import msgspec
@@ -21,6 +23,10 @@ from disagg.errors import DisaggError, EngineError, EngineRefusedError, RequestE
 MAX_DEPTH = 64
 MAX_SAMPLES = 64
 MAX_PROMPTS = 1024
+MAX_NESTED = 65_536
+"""Lists and objects in one body: a prompt of any length has few of them, and each one costs an engine a Python object."""
+MAX_MEMBERS = 16_384
+"""Members of objects in a body that must be encoded anew, because it has keys of the router's or asks for several samples."""
 
 DONE_EVENT = b"data: [DONE]\n\n"
 
@@ -30,6 +36,8 @@ _Probability = Annotated[float, msgspec.Meta(gt=0, le=1)]
 _EMPTY = msgspec.Raw(b"")
 _NULL = re.compile(rb"null")
 _LIST_OF_PROMPTS = re.compile(rb'\[\s*["\[\]]')
+_LIST_OF_STRINGS = re.compile(rb"\[,*+\]")  # these two look at a list without blanks, strings and digits
+_LIST_OF_IDS = re.compile(rb"\[\[,*+\](?:,\[,*+\])*+\]")
 
 
 class Route(StrEnum):
@@ -148,10 +156,10 @@ def parse_request(route: Route, body: bytes) -> ClientRequest:
     try:
         fields = _DECODERS[route].decode(body)
         if not body.isascii():
-            body.decode()  # msgspec skips the inside of raw strings: a wrong byte in a prompt is found here
+            _check_utf8(body)  # msgspec skips the inside of raw strings: a wrong byte in a prompt is found here
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(_why_undecodable(error), code="invalid_json", param=_param_of(error)) from error
-    _check_depth(body)
+    _check_nesting(body)
     rest = _without_own_keys(fields, body)
     request = ClientRequest(route, fields.model or "", rest, stream=bool(fields.stream))
     if route is Route.GENERATE:
@@ -159,8 +167,14 @@ def parse_request(route: Route, body: bytes) -> ClientRequest:
     else:
         _note_openai(request, fields)
     if request.prompts is not None and not 1 <= request.prompts <= MAX_PROMPTS:
-        raise RequestError(f"a prompt list holds 1 to {MAX_PROMPTS} prompts, this one {request.prompts}", param="prompt")
+        raise RequestError(f"a prompt list holds 1 to {MAX_PROMPTS} prompts, this one {_at_least(request.prompts)}", param="prompt")
+    if request.samples > 1:
+        _check_members(body)
     return request
+
+
+def _at_least(prompts: int) -> str:
+    return f"{MAX_PROMPTS + 1} or more" if prompts > MAX_PROMPTS else str(prompts)
 
 
 def _why_undecodable(error: Exception) -> str:
@@ -178,19 +192,56 @@ def _param_of(error: Exception) -> str | None:
     return path.rstrip("`") if at and isinstance(error, msgspec.ValidationError) else None
 
 
-def _check_depth(body: bytes) -> None:
+# --- looks at large bodies. They run in a thread, which needs the interpreter's lock for one piece at a time.
+
+_SMALL = 1024  # bytes.count looks at each byte, bytes.find at 16 or more at once, but costs a call for each bracket
+_PIECE = 64 * 1024
+_ALL = bytes(range(256))
+_NO_BRACKETS = bytes(sorted({*_ALL} - {*b'[]{}"'}))
+_NO_COLONS = bytes(sorted({*_ALL} - {*b':"'}))
+_BLANKS = b" \t\r\n"
+_STEPS = tuple({**dict.fromkeys(b"[{", 1), **dict.fromkeys(b"]}", -1)}.get(byte, 0) for byte in range(256))
+
+
+def _check_utf8(body: bytes) -> None:
+    """Raises UnicodeDecodeError. Not the whole body at once: text takes up to four times the memory of its bytes."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for at in range(0, len(body), _PIECE):
+        try:
+            decoder.decode(body[at : at + _PIECE], final=at + _PIECE >= len(body))
+        except UnicodeDecodeError as error:
+            start = at + error.start - (len(error.object) - len(body[at : at + _PIECE]))  # it kept the beginning of a cut character
+            raise UnicodeDecodeError("utf-8", error.object, max(0, start), max(0, start) + 1, error.reason) from error
+
+
+def _outside_strings(text: bytes, drop: bytes) -> Iterator[bytes]:
+    """What stands outside of strings, in pieces, without the bytes in `drop`; `text` is JSON whose syntax was checked.
+
+    Removing two quotes side by side never moves a byte into a string or out of one, so most strings are gone before any is looked at.
+    """
+    inside, carry = 0, b""
+    for at in range(0, len(text), _PIECE):
+        piece = (carry + text[at : at + _PIECE]).replace(b"\\\\", b"")
+        carry = b"\\" if piece.endswith(b"\\") else b""
+        piece = piece[: len(piece) - len(carry)].replace(b'\\"', b"").translate(None, drop).replace(b'""', b"")
+        parts = piece.split(b'"')
+        yield b"".join(parts[inside::2])
+        inside ^= ~len(parts) & 1
+
+
+def _check_nesting(body: bytes) -> None:
     """Refuses deep nesting. Fewer than ``MAX_DEPTH`` opening brackets cannot be deep, which settles most bodies by a few memchr."""
     if _fewer_than(MAX_DEPTH, body, b"[") and _fewer_than(MAX_DEPTH, body, b"{"):
         return
-    try:
-        value = msgspec.json.decode(body)
-    except msgspec.DecodeError as error:  # a number beyond a double's range: syntax was checked before, values were not
-        raise RequestError(_why_undecodable(error), code="invalid_json") from error
-    if _depth(value) > MAX_DEPTH:
-        raise RequestError(f"the body is nested deeper than {MAX_DEPTH} levels", code="invalid_json")
-
-
-_SMALL = 1024  # bytes.count looks at each byte, bytes.find at 16 or more at once, but costs a call for each bracket
+    depth = nested = 0
+    for brackets in _outside_strings(body, _NO_BRACKETS):
+        depths = [depth, *accumulate(map(_STEPS.__getitem__, brackets), initial=depth)]
+        depth = depths[-1]
+        nested += len(brackets)
+        if max(depths) > MAX_DEPTH:
+            raise RequestError(f"the body is nested deeper than {MAX_DEPTH} levels", code="invalid_json")
+        if nested > 2 * MAX_NESTED:
+            raise RequestError(f"the body holds more than {MAX_NESTED} lists and objects", code="invalid_json")
 
 
 def _fewer_than(limit: int, body: bytes, byte: bytes) -> bool:
@@ -204,19 +255,29 @@ def _fewer_than(limit: int, body: bytes, byte: bytes) -> bool:
     return False
 
 
-def _depth(value: Any) -> int:
-    depth, level = 0, [value]
-    while level := [x for x in level if type(x) in {dict, list}]:
-        depth += 1
-        level = [inner for x in level for inner in (x.values() if type(x) is dict else x)]
-    return depth
+def _check_members(body: bytes) -> None:
+    """Refuses what would take long to encode anew."""
+    if body.count(b":") <= MAX_MEMBERS:
+        return
+    members = 0
+    for colons in _outside_strings(body, _NO_COLONS):
+        members += len(colons)
+        if members > MAX_MEMBERS:
+            raise RequestError(
+                f"a body with `rid`, `bootstrap_…` or `n` may have {MAX_MEMBERS} fields, inner ones included", code="invalid_json"
+            )
 
 
 def _without_own_keys(fields: _OwnKeys, body: bytes) -> bytes:
     if msgspec.structs.astuple(fields)[: len(_OWN_KEYS)] != _NO_OWN_KEYS:
+        _check_members(body)
         kept = {k: v for k, v in msgspec.json.decode(body, type=dict[str, msgspec.Raw]).items() if k not in _OWN_KEYS}
         body = msgspec.json.encode(kept)
-    return body.lstrip()[1:]
+    rest = body[1:] if body[:1] == b"{" else body.lstrip()[1:]
+    return rest.lstrip() if rest[:_MANY_BLANKS].isspace() else rest  # else each attempt would look for the first field among them
+
+
+_MANY_BLANKS = 64
 
 
 def _note_openai(request: ClientRequest, fields: Any) -> None:
@@ -225,12 +286,19 @@ def _note_openai(request: ClientRequest, fields: Any) -> None:
     if request.route is Route.COMPLETIONS:
         if not _given(fields.prompt):
             raise RequestError("`prompt` is missing: send a string, a list of strings or token ids", param="prompt")
+        _check_start(fields.prompt, b'"[', "prompt")
         request.prompts = _list_length(fields.prompt)
         request.max_tokens = fields.max_tokens or DEFAULT_TOKENS[Route.COMPLETIONS]
     elif not _given(fields.messages):
         raise RequestError("`messages` is missing: send a list of {role, content} objects", param="messages")
     else:
+        _check_start(fields.messages, b"[", "messages")
         request.max_tokens = fields.max_completion_tokens or fields.max_tokens
+
+
+def _check_start(raw: msgspec.Raw, allowed: bytes, field: str) -> None:
+    if memoryview(raw)[0] not in allowed:
+        raise RequestError(f"`{field}` takes a list{' or a string' if len(allowed) > 1 else ''}", param=field)
 
 
 def _given(raw: msgspec.Raw) -> bool:
@@ -244,6 +312,7 @@ def _note_generate(request: ClientRequest, fields: _GenerateFields) -> None:
     given = [raw for raw in (fields.text, fields.input_ids) if _given(raw)]
     if len(given) != 1:
         raise RequestError("send exactly one of `text` and `input_ids`", param="text")
+    _check_start(given[0], b'"[', "text" if _given(fields.text) else "input_ids")
     request.prompts = _list_length(given[0])
     sampling = _sampling_fields(fields.sampling_params)
     counts = {one.n or 1 for one in sampling} or {1}
@@ -267,16 +336,26 @@ def _sampling_fields(raw: msgspec.Raw) -> list[_SamplingFields]:
 
 
 def _list_length(raw: msgspec.Raw) -> int | None:
-    """Length of a list of prompts; None for one prompt (a string, or a flat list of token ids)."""
+    """Length of a list of prompts; None for one prompt (a string, or a flat list of token ids). Not counted beyond ``MAX_PROMPTS``."""
     head = _LIST_OF_PROMPTS.match(memoryview(raw))
     if head is None:
         return None
-    try:
-        if head[0].endswith(b"["):
-            return len(msgspec.json.decode(raw, type=list[list[int]]))
-        return len(msgspec.json.decode(raw, type=list[str]))
-    except msgspec.DecodeError as error:
-        raise RequestError(f"a prompt list holds strings, or lists of token ids: {error}", param="prompt") from error
+    text = bytes(raw)
+    shape = text.translate(None, b"0123456789-" + _BLANKS) if head[0].endswith(b"[") else _shape_of_strings(text)
+    if _LIST_OF_IDS.fullmatch(shape) is not None:
+        return shape.count(b"[") - 1
+    if _LIST_OF_STRINGS.fullmatch(shape) is None:
+        raise RequestError("a prompt list holds strings, or lists of token ids", param="prompt")
+    return shape.count(b",") + 1 if head[0].endswith(b'"') else 0
+
+
+def _shape_of_strings(text: bytes) -> bytes:
+    shape = b""
+    for piece in _outside_strings(text, _BLANKS):
+        shape += piece
+        if len(shape) > MAX_PROMPTS + 1:
+            return b"[%s]" % (b"," * MAX_PROMPTS) if not shape.strip(b"[,]") else shape
+    return shape
 
 
 def key_prefix(keys: Mapping[str, Any], rest: bytes) -> bytes:

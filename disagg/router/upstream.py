@@ -8,12 +8,16 @@ chunk frames; what it finds goes to the *leg* that uses the connection at the mo
 from __future__ import annotations
 
 import asyncio
+import errno
+import math
 import re
+import resource
 from collections.abc import Callable, Iterator
 from typing import Protocol, cast
 
-from disagg.errors import EngineError
+from disagg.errors import EngineError, NoCapacityError
 from disagg.model import EngineAddress
+from disagg.router.gate import ENGINE_SHARE
 
 IDLE_LIMIT_S = 3.0  # SGLang's HTTP server closes at 5 s: drop idle connections sooner, so that a request never meets a closing one
 HEAD_LIMIT = 64 * 1024
@@ -81,6 +85,12 @@ class UpstreamConnection(asyncio.Protocol):
         self._left = 0
         self._keep = True
         self._paused = False
+
+    @property
+    def file(self) -> int:
+        """The number of its file, -1 when it is closed."""
+        connected = self.transport.get_extra_info("socket") if self.transport is not None else None
+        return -1 if connected is None else connected.fileno()
 
     def send(self, leg: Leg, request: bytes) -> None:
         """Starts an exchange."""
@@ -314,6 +324,7 @@ class Upstream:
 
         Raises:
             EngineError: the engine refused it or did not answer within `limit_s` seconds.
+            NoCapacityError: this process has too many files open.
         """
         address = self.address
         try:
@@ -322,7 +333,12 @@ class Upstream:
         except TimeoutError as error:
             raise EngineError(f"the engine {address.id} at {address.url} could not be connected in {limit_s:g} s") from error
         except OSError as error:
+            if error.errno in {errno.EMFILE, errno.ENFILE}:
+                raise _no_files_left() from error
             raise EngineError(f"the engine {address.id} at {address.url} refused the connection") from error
+        if connection.file >= _files_for_engines():
+            connection.abandon()
+            raise _no_files_left()
         if not connection.closed:
             self._open[connection] = None
         return connection
@@ -356,6 +372,15 @@ class Upstream:
 
     def __repr__(self) -> str:
         return f"<Upstream {self.address.id} open={len(self._open)} idle={len(self._idle)}>"
+
+
+def _files_for_engines() -> float:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return math.inf if limit == resource.RLIM_INFINITY else limit * ENGINE_SHARE
+
+
+def _no_files_left() -> NoCapacityError:
+    return NoCapacityError("this router has as many connections as it can take; come again", retry_after_s=1)
 
 
 def unframe(raw: bytes) -> Iterator[bytes]:

@@ -59,11 +59,12 @@ class RouterProcess:
     Args:
         folder: for state and log.
         core: which core it is pinned to; None for any.
+        files: how many files it may open; None for as many as the test may.
         flags: more of them.
         profile: gets cProfile's numbers when it ends; slows it by half.
     """
 
-    def __init__(self, folder: Path, *flags: str, core: int | None = None, profile: Path | None = None) -> None:
+    def __init__(self, folder: Path, *flags: str, core: int | None = None, files: int | None = None, profile: Path | None = None) -> None:
         self.folder = folder
         self.root = folder / "state"
         self.log = folder / "router.log"
@@ -71,6 +72,7 @@ class RouterProcess:
         self.key = load_or_make_key(router_key_path(self.root))[0]
         self._flags = flags
         self._core = core
+        self._files = files
         self._profiler = ["-m", "cProfile", "-o", str(profile)] if profile else []
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -105,6 +107,7 @@ class RouterProcess:
         for flag, port in (("--http", self.http), ("--admin", self.admin), ("--control", self.control)):
             command += [flag, f"127.0.0.1:{port}"]
         pinned = ["taskset", "-c", str(self._core)] if self._core is not None else []
+        pinned += ["prlimit", f"--nofile={self._files}:{self._files}"] if self._files is not None else []
         began = wall()
         with self.log.open("ab") as out:
             self._process = subprocess.Popen([*pinned, *command, *self._flags], cwd=self.folder, stdout=out, stderr=out)

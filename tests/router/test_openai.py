@@ -241,7 +241,6 @@ MALFORMED = {
     "too deep": b'{"messages": ' + b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b"}",
     "much too deep": b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "deep and cut": b'{"messages": ' + b'{"a":' * 50_000,
-    "a number beyond a double among brackets": b'{"messages": [], "x": 1e999, "y": ' + DEEP + b"}",
     "an endless seed": b'{"messages": [], "seed": 1' + b"0" * 5000 + b"}",
 }
 

@@ -1,0 +1,186 @@
+"""Clients that mean harm, against a real router process: too many of them, and a log that nobody reads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import aiohttp
+import httpx2
+import pytest
+
+from disagg.model import Role
+from tests.fake_engine import Call, FakeEngine, answer_well, chat_chunk, fake_engine, until
+from tests.ports import free_port
+from tests.rig.hosts import RouterProcess, end, wait_for, wall
+from tests.router.conftest import CHAT
+from tests.router.raw import Answer, answers
+
+pytestmark = pytest.mark.slow
+
+FILES = 256
+CLIENTS = 1_000
+RECOVERS_S = 2.0
+
+
+@contextlib.asynccontextmanager
+async def served(folder: Path, files: int | None) -> AsyncIterator[tuple[RouterProcess, FakeEngine, FakeEngine]]:
+    async with fake_engine(Role.PREFILL) as prefill, fake_engine(Role.DECODE) as decode:
+        flags = ("--prefill", f"http://127.0.0.1:{prefill.port},8998", "--decode", f"http://127.0.0.1:{decode.port}")
+        router = RouterProcess(folder, *flags, files=files)
+        await asyncio.to_thread(router.start)
+        try:
+            await asyncio.to_thread(wait_for, lambda: router.cluster()["ready"], 20.0, "no engine is ready")
+            yield router, prefill, decode
+        finally:
+            await asyncio.to_thread(router.stop)
+
+
+async def crowd(port: int, number: int, stack: contextlib.AsyncExitStack) -> list[Answer | None]:
+    """Many clients that connect at once, ask for something small, and stay. None for those who got no answer."""
+
+    async def one() -> Answer | None:
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            async with asyncio.timeout(30):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                stack.callback(writer.close)
+                writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"(?i)content-length: (\d+)", head)
+                assert length is not None
+                return answers(head + await reader.readexactly(int(length[1])))[0]
+        return None
+
+    return await asyncio.gather(*(one() for _ in range(number)))
+
+
+async def test_a_thousand_connections_to_a_router_of_256_files_hurt_nobody_who_was_there(tmp_path: Path) -> None:
+    async with served(tmp_path, FILES) as (router, _, decode), contextlib.AsyncExitStack() as stack:
+        may_end = asyncio.Event()
+
+        async def long(call: Call) -> None:
+            while not may_end.is_set():
+                await call.event(chat_chunk("word"))
+                await asyncio.sleep(0.05)
+            await call.event(chat_chunk("", finish="stop"))
+            await call.done()
+
+        decode.behave = long
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        url = f"http://127.0.0.1:{router.http}/v1/chat/completions"
+        running = await session.post(url, json={**CHAT, "stream": True})
+        await running.content.readuntil(b"\n\n")
+        decode.behave = answer_well
+        since = wall()
+        async with contextlib.AsyncExitStack() as held:
+            seen = await crowd(router.http, CLIENTS, held)
+            statuses = [a.status for a in seen if a is not None]
+            assert set(statuses) == {200, 503}
+            assert FILES * 0.5 < statuses.count(200) < FILES * 0.8
+            refused = [a for a in seen if a is not None and a.status == 503]
+            assert all(b"Retry-After: 1" in a.head and a.error["type"] == "service_unavailable" for a in refused)
+            assert len(statuses) > CLIENTS * 0.9, "nearly all who are refused are told so"
+            states = await asyncio.to_thread(router.engines)
+            assert set(states.values()) == {"ready"}, "the admin listener answers, and nobody took an engine for dead"
+            assert running.content.exception() is None
+        began = asyncio.get_running_loop().time()
+        while True:
+            with contextlib.suppress(aiohttp.ClientError):
+                async with session.post(url, json=CHAT) as response:
+                    if response.status == 200:
+                        break
+            assert asyncio.get_running_loop().time() - began < RECOVERS_S
+            await asyncio.sleep(0.02)
+        may_end.set()
+        rest = await running.text()
+        assert "[DONE]" in rest
+        assert '"error"' not in rest
+        lines = router.lines(since)
+        assert 1 <= len(lines) <= wall() - since + 2, lines
+        assert {line.event for line in lines} == {"connections were refused"}
+
+
+async def test_requests_that_need_more_files_than_there_are_get_a_503_and_no_engine_is_blamed(tmp_path: Path) -> None:
+    """Each client is let in, but its request would need two more files."""
+    async with (
+        served(tmp_path, FILES) as (router, prefill, decode),
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session,
+    ):
+
+        async def forever(call: Call) -> None:
+            await call.aborted.wait()
+
+        prefill.behave = decode.behave = forever
+        url = f"http://127.0.0.1:{router.http}/v1/chat/completions"
+        statuses: list[int] = []
+
+        async def ask() -> None:
+            with contextlib.suppress(aiohttp.ClientError):
+                async with session.post(url, json=CHAT) as response:
+                    statuses.append(response.status)
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(ask()) for _ in range(FILES // 2)]
+            await until(lambda: len(statuses) + len(decode.calls) >= FILES // 2, 20.0)
+            assert set(statuses) == {503}
+            assert decode.calls
+            states = await asyncio.to_thread(router.engines)
+            assert set(states.values()) == {"ready"}
+            for task in tasks:
+                task.cancel()
+        prefill.behave = decode.behave = answer_well
+        await until(lambda: not decode.live, 20.0)
+        async with session.post(url, json=CHAT) as response:
+            assert response.status == 200
+
+
+# --- a log that nobody reads
+
+
+@pytest.fixture
+def stuffed() -> Iterator[int]:
+    """A pipe that is full, and that nobody reads."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 65536)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x")
+    os.set_blocking(writer, True)
+    yield writer
+    os.close(writer)
+    os.close(reader)
+
+
+def test_a_router_serves_and_ends_though_nobody_reads_what_it_says(tmp_path: Path, stuffed: int) -> None:
+    """Debug logs of an engine that is not there, requests that fail: each wants to be logged, to a pipe that is full from the beginning."""
+    http, admin, nothing = free_port(), free_port(), free_port()
+    command = [sys.executable, "-m", "disagg", "serve", "--role", "router", "--http", f"127.0.0.1:{http}", "--admin", f"127.0.0.1:{admin}"]
+    command += ["--control", "127.0.0.1:0", "--state-dir", str(tmp_path / "state"), "--log-level", "debug"]
+    command += ["--unified", f"http://127.0.0.1:{nothing}"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=stuffed, stderr=stuffed)
+    try:
+
+        def ask(path: str, port: int = http) -> int:
+            with contextlib.suppress(httpx2.HTTPError):
+                return httpx2.get(f"http://127.0.0.1:{port}{path}", timeout=5).status_code
+            return 0
+
+        wait_for(lambda: ask("/healthz") == 200, 20.0, "the router does not start")
+        body = {"model": "x" * 2000, "messages": []}
+        with httpx2.Client() as client:
+            for _ in range(200):
+                assert client.post(f"http://127.0.0.1:{http}/v1/chat/completions", json=body, timeout=5).status_code == 503
+        assert ask("/metrics", admin) == 200
+        assert process.poll() is None
+    finally:
+        status = end(process)
+    assert status == 0, "it drains and ends, too"
