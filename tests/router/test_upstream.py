@@ -405,7 +405,7 @@ class Pool:
         """A connection that was given back just now."""
         connection = UpstreamConnection(self.upstream)
         connection.connection_made(cast("asyncio.Transport", Wire()))
-        self.upstream._open.add(connection)
+        self.upstream._open[connection] = None
         self.upstream.give_back(connection)
         return connection
 

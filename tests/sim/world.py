@@ -1,0 +1,374 @@
+"""A simulated cluster: the production router and hosts, composed as production composes them, on virtual time and wires."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import gc
+import hashlib
+import random
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+from disagg.config import ClusterSection, Config, EngineSection, RouterSection
+from disagg.host import HostPlan, host_running
+from disagg.launches import EngineSpec
+from disagg.model import EngineId, EngineState, Role
+from disagg.security.token import Token
+from disagg.server import Router, router_running
+from tests.sim import client
+from tests.sim.faults import Fault, schedule
+from tests.sim.launcher import Machine, SimLauncher, end_process
+from tests.sim.loop import PROCESS, Process, SimLoop, finish
+from tests.sim.net import Network
+from tests.sim.oracle import Found, judge
+from tests.sim.wires import SimControlClient, SimControlServer, SimProber
+
+ROUTER_IP, CLIENT_IP = "10.0.0.1", "10.9.0.1"
+HTTP, ADMIN, CONTROL = 8000, 8001, 7400
+SETTLE_S = 10.0
+READY_LIMIT_S = 120.0
+HUGE = 1 << 30
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What is simulated.
+
+    Attributes:
+        seed: everything that is left to chance comes from it.
+        prefill, decode: hosts with one engine each.
+        load_s: how long clients ask; and `rate`, how often, per second.
+        faults: which kinds, all of them if empty; "none" for none.
+        gap_s: between two faults, on average.
+        defect: a bug planted on purpose, for tests of the oracle.
+    """
+
+    seed: int
+    prefill: int = 3
+    decode: int = 3
+    load_s: float = 60.0
+    rate: float = 1.0
+    faults: tuple[str, ...] = ()
+    gap_s: float = 10.0
+    defect: str = ""
+
+
+class Result(msgspec.Struct):
+    """What came of it.
+
+    Attributes:
+        trace: a hash of everything that happened, in order; `lines` are its text, if wanted.
+        found: what the oracle found, empty for nothing.
+        outcomes: requests by outcome.
+        simulated_s, wall_s, cpu_s: how long it took.
+    """
+
+    seed: int
+    trace: str
+    lines: list[str]
+    found: list[Found]
+    outcomes: dict[str, int]
+    faults: list[str]
+    simulated_s: float = 0.0
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+
+
+class World:
+    """One run."""
+
+    def __init__(self, plan: Plan, folder: Path, *, keep: bool, on_line: Callable[[str], None] | None = None) -> None:
+        self.plan = plan
+        self.folder = folder
+        self.chance = random.Random(f"world {plan.seed}")
+        self.loop = SimLoop(random.Random(f"loop {plan.seed}"))
+        self.network = Network(self.loop, random.Random(f"network {plan.seed}"), self.note)
+        self._hash = hashlib.blake2b(digest_size=16)
+        self._keep = keep or on_line is not None
+        self._on_line = on_line
+        self.lines: list[str] = []
+        self.logs: list[str] = []
+        self.errors: list[str] = []
+        self.wall_step_s = 0.0
+        self.asks: list[client.Ask] = []
+        self.faults: list[str] = []
+        self.processes = 0
+        self.machines: dict[str, Machine] = {}
+        self.agents: dict[str, tuple[Process, asyncio.Future[Any]]] = {}
+        self.plans: dict[str, HostPlan] = {}
+        self.ips: dict[str, str] = {}
+        self.router: Router | None = None
+        self.router_process = self.new_process("router", ROUTER_IP)
+        self.clients = self.new_process("clients", CLIENT_IP)
+        self._config = _config()
+        self._ids = random.Random(f"ids {plan.seed}")
+        self.baseline: tuple[list[str], int] = ([], 0)
+        self.found: list[Found] = []
+
+    # --- the trace
+
+    def note(self, *what: object) -> None:
+        """A line of the trace."""
+        line = f"{self.loop.time():.6f} {' '.join(map(str, what))}\n"
+        self._hash.update(line.encode())
+        if self._keep:
+            if self._on_line is not None:
+                self._on_line(line)
+            else:
+                self.lines.append(line)
+
+    def log(self, name: str) -> structlog.typing.FilteringBoundLogger:
+        """A logger of a process."""
+
+        def take(_logger: Any, method: str, event: Any) -> Any:
+            failure = event.pop("exc_info", None)
+            text = f"{name}: {method} {event.pop('event')} " + " ".join(f"{k}={v}" for k, v in event.items())
+            text = text.replace(str(self.folder), "ROOT")
+            self.logs.append(text)
+            self.note("log", text)
+            if failure or method in {"exception", "critical"}:
+                self.errors.append(f"{self.loop.time():.3f} {text}{_where(failure)}")
+            raise structlog.DropEvent
+
+        made: structlog.typing.FilteringBoundLogger = structlog.wrap_logger(
+            None, processors=[take], wrapper_class=structlog.make_filtering_bound_logger(20)
+        )
+        return made
+
+    # --- processes
+
+    def new_process(self, name: str, ip: str) -> Process:
+        self.processes += 1
+        return Process(name, ip, self.processes)
+
+    def start(self, process: Process, work: Coroutine[Any, Any, Any]) -> asyncio.Future[Any]:
+        """Runs a coroutine as the main task of a process."""
+        context = contextvars.Context()
+        context.run(PROCESS.set, process)
+        return self.loop.create_task(work, name=f"main of {process.name}", context=context)
+
+    def wall(self) -> float:
+        """The wall clock, which people set."""
+        return 1_800_000_000.0 + self.loop.time() + self.wall_step_s
+
+    # --- the cluster
+
+    async def run(self) -> None:
+        """The whole story."""
+        ready = asyncio.Event()
+        router = self.start(self.router_process, self._route(ready))
+        try:
+            await self._tell(ready)
+        finally:
+            self.shutdown(router)
+            await asyncio.sleep(1.0)
+
+    async def _tell(self, ready: asyncio.Event) -> None:
+        await ready.wait()
+        self._build_hosts()
+        await self._until(self._all_ready, READY_LIMIT_S, "the engines are not ready")
+        await asyncio.sleep(6.0)
+        self.baseline = self.residue()
+        await self._load()
+        await asyncio.sleep(SETTLE_S)
+        self.note("settled")
+        self.found = judge(self)
+
+    async def _route(self, ready: asyncio.Event) -> None:
+        async with router_running(
+            self._config,
+            [],
+            self.log("router"),
+            root=self.folder / "router",
+            say=lambda _: None,
+            clock=self.loop.time,
+            wall_clock=self.wall,
+            entropy=self._ids.randbytes,
+            control_server=SimControlServer,
+            prober=SimProber(self._config.router.probe_timeout_s),
+        ) as router:
+            self.router = router
+            ready.set()
+            await asyncio.get_running_loop().create_future()
+
+    def _build_hosts(self) -> None:
+        assert self.router is not None
+        roles = [Role.PREFILL] * self.plan.prefill + [Role.DECODE] * self.plan.decode
+        for number, role in enumerate(roles):
+            name = f"{role[0]}{number}"
+            ip = self.ips[name] = f"10.0.1.{number + 1}"
+            machine = self.machines[name] = Machine(name, ip, self.loop, self.network, self.new_process)
+            machine.start_s = self.chance.uniform(0.5, 3.0)
+            token = self.router.make_token([role])
+            self.plans[name] = self._host_plan(name, ip, role, token)
+            self.start_agent(name)
+
+    def _host_plan(self, name: str, ip: str, role: Role, token: Token) -> HostPlan:
+        return HostPlan(
+            name=name,
+            join=(ROUTER_IP, CONTROL),
+            advertise=ip,
+            engines=(EngineSpec(EngineId(f"{name}-engine"), role),),
+            root=self.folder / name,
+            token=token,
+        )
+
+    def start_agent(self, name: str) -> None:
+        """Starts the agent of a host."""
+        process = self.new_process(f"agent-{name}", self.ips[name])
+        self.agents[name] = process, self.start(process, self._keep_host(name))
+
+    async def _keep_host(self, name: str) -> None:
+        config = msgspec.structs.replace(self._config, cluster=msgspec.structs.replace(self._config.cluster, name=name))
+        async with host_running(
+            config,
+            self.plans[name],
+            self.log(name),
+            connect=SimControlClient,
+            prober=SimProber(2.0),
+            launcher=SimLauncher(self.machines[name]),
+        ) as host:
+            await host.task
+
+    async def kill_agent(self, name: str, *, quiet: bool = False) -> None:
+        """Ends an agent at once, and waits until nothing is left of it: its lock above all."""
+        process, main = self.agents[name]
+        end_process(self.loop, process, quiet=quiet)
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await main
+
+    def _all_ready(self) -> bool:
+        assert self.router is not None
+        engines = self.router.controller.view.engines
+        return len(engines) == len(self.machines) and all(e.state is EngineState.READY for e in engines)
+
+    async def _until(self, is_so: Callable[[], bool], limit_s: float, why: str) -> None:
+        until = self.loop.time() + limit_s
+        while not is_so():
+            if self.loop.time() > until:
+                raise AssertionError(f"{why} after {limit_s:g} simulated seconds")
+            await asyncio.sleep(0.05)
+
+    # --- load and faults
+
+    async def _load(self) -> None:
+        asking = self.start(self.clients, self._ask_on())
+        faulty = self.loop.create_task(self._hurt(), name="faults")
+        await asking
+        await faulty
+
+    async def _ask_on(self) -> None:
+        chance = random.Random(f"clients {self.plan.seed}")
+        until = self.loop.time() + self.plan.load_s
+        async with asyncio.TaskGroup() as group:
+            while self.loop.time() < until:
+                await asyncio.sleep(chance.expovariate(self.plan.rate))
+                ask = client.draw(chance, len(self.asks))
+                self.asks.append(ask)
+                group.create_task(self._ask(ask), name=f"request {ask.number}")
+
+    async def _ask(self, ask: client.Ask) -> None:
+        self.note("ask", ask.number, ask.route, len(ask.prompt), ask.limit, ask.stream)
+        await client.send(ask, self.loop, ROUTER_IP, HTTP)
+        self.note("answer", ask.number, ask.outcome, ask.pieces, ask.why)
+
+    async def _hurt(self) -> None:
+        for fault in schedule(self, random.Random(f"faults {self.plan.seed}")):
+            await asyncio.sleep(fault.after_s)
+            if not await self._strike(fault):
+                continue
+            await asyncio.sleep(fault.lasts_s)
+            await fault.end()
+            self.note("fault ends", fault.name)
+
+    async def _strike(self, fault: Fault) -> bool:
+        said = await fault.begin()
+        if said is None:
+            return False
+        self.faults.append(f"{self.loop.time():.3f} {fault.name} {said} for {fault.lasts_s:.2f} s")
+        self.note("fault", fault.name, said)
+        return True
+
+    # --- ends
+
+    def residue(self) -> tuple[list[str], int]:
+        """The router's tasks, by name, and its open connections."""
+        tasks = sorted(task.get_name() for task in self.loop.of(self.router_process))
+        ends = [end for end in self.network.ends if end.process is self.router_process and not end.gone]
+        return tasks, len(ends)
+
+    def shutdown(self, router: asyncio.Future[Any]) -> None:
+        """Everybody is killed: nothing is left for the next run."""
+        for machine in self.machines.values():
+            for engine in machine.live():
+                end_process(self.loop, engine.process)
+        for process, _ in self.agents.values():
+            end_process(self.loop, process)
+        end_process(self.loop, self.router_process)
+        end_process(self.loop, self.clients)
+        router.cancel()
+
+    def result(self) -> Result:
+        return Result(
+            self.plan.seed,
+            self._hash.hexdigest(),
+            self.lines,
+            self.found,
+            dict(sorted(Counter(a.outcome for a in self.asks).items())),
+            self.faults,
+        )
+
+
+def _where(failure: Any) -> str:
+    error = failure if isinstance(failure, BaseException) else failure[1] if isinstance(failure, tuple) else None
+    return f" {type(error).__name__}: {error}" if error is not None else ""
+
+
+def _config() -> Config:
+    return Config(
+        cluster=ClusterSection(join=f"{ROUTER_IP}:{CONTROL}"),
+        router=RouterSection(
+            http=f"{ROUTER_IP}:{HTTP}",
+            admin=f"{ROUTER_IP}:{ADMIN}",
+            control=f"{ROUTER_IP}:{CONTROL}",
+            first_token_timeout_s=15.0,
+            between_tokens_timeout_s=10.0,
+            whole_answer_timeout_s=30.0,
+        ),
+        engine=EngineSection(served_name="sim"),
+    )
+
+
+def simulate(plan: Plan, *, keep: bool = False, on_line: Callable[[str], None] | None = None) -> Result:
+    """Runs one seed to its end.
+
+    Args:
+        keep: the text of the trace is wanted.
+        on_line: told each line of it as it comes.
+    """
+    began, cpu = time.perf_counter(), time.process_time()
+    shared = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="disagg-sim-", dir=shared if shared.is_dir() else None))
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        world = World(plan, folder, keep=keep, on_line=on_line)
+        started = world.loop.time()
+        contextvars.Context().run(finish, world.run(), world.loop)
+        result = world.result()
+        result.simulated_s = world.loop.time() - started
+    finally:
+        if was_on:
+            gc.enable()
+        shutil.rmtree(folder, ignore_errors=True)
+    result.wall_s, result.cpu_s = time.perf_counter() - began, time.process_time() - cpu
+    return result
