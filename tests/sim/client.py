@@ -19,7 +19,8 @@ class Ask(msgspec.Struct):
     Attributes:
         leaves_s: after so long the client closes its connection; 0 for never.
         slow: reads only now and then.
-        outcome: ok, lost (a clean error), shed (a 503 that says when to come again), refused (4xx), left; or wrong, with `why`.
+        outcome: ok, lost (a clean error), shed (a 503 that says when to come again), refused (4xx), left, cut (the connection ended before
+            the answer), unconnected; or wrong, with `why`.
     """
 
     number: int
@@ -222,7 +223,7 @@ class Asker(asyncio.Protocol):
         if self._left:
             self._judge("", "left")
         else:
-            self._judge(f"the connection ended before the answer ({type(exc).__name__ if exc else 'closed'})")
+            self._judge("", "cut")
 
     def _judge(self, why: str, outcome: str = "ok") -> None:
         if self.ended.done():
@@ -239,6 +240,6 @@ async def send(ask: Ask, loop: asyncio.AbstractEventLoop, host: str, port: int) 
     try:
         await loop.create_connection(lambda: Asker(ask, loop, ended), host, port)
     except OSError:
-        ask.outcome, ask.ended_at = "unconnected", loop.time()
+        ask.outcome, ask.sent_at, ask.ended_at = "unconnected", loop.time(), loop.time()
         return
     await ended

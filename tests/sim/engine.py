@@ -26,6 +26,8 @@ PAGE = 16
 WAIT_S = 60.0
 HEARTBEAT_LOST_S = 4.0
 RELEASE_S = 5.0
+LINGER_S = 5.0
+"""How long a transfer that was broken here may still be written by the peer."""
 KEEPALIVE_S = 5.0
 BYTES_PER_TOKEN = 100_000
 STREAM_GONE_S = 0.05
@@ -582,7 +584,7 @@ class SimEngine:
         if leg.peer is not None and not broken:
             leg.peer.close()
         elif leg.peer is not None:
-            self.loop.call_later(RELEASE_S, leg.peer.close)
+            self.loop.call_later(LINGER_S, leg.peer.close)
         call = leg.call
         if call.transport.is_closing():
             return

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from disagg.errors import OrderError
+from disagg.model import EngineState, Role
 from tests.sim.launcher import Machine
 from tests.sim.loop import Process
 
@@ -218,6 +222,73 @@ class WallStep(Fault):
         return f"to {self.world.wall_step_s:g}"
 
 
+class RouterCrash(Fault):
+    """The router is killed and started again."""
+
+    name = "router crash"
+    longest_s = 2.0
+
+    async def begin(self) -> str | None:
+        await self.world.kill_router()
+        return "the router"
+
+    async def end(self) -> None:
+        await self.world.start_router()
+
+
+class Flip(Fault):
+    """A person moves an engine to the other role, where its pool has another one."""
+
+    name = "flip"
+
+    async def begin(self) -> str | None:
+        router = self.world.router
+        assert router is not None
+        engines = [e for e in router.controller.view.engines if e.state is EngineState.READY]
+        roles = Counter(e.address.role for e in engines)
+        able = [e for e in engines if roles[e.address.role] > 1]
+        if not able:
+            return None
+        engine = able[int(self.pick * len(able))]
+        role = Role.DECODE if engine.address.role is Role.PREFILL else Role.PREFILL
+
+        async def order() -> None:
+            with contextlib.suppress(OrderError):
+                router.controller.flip(engine.id, role, "a fault")
+
+        await self.world.start(self.world.router_process, order())
+        return f"{engine.id} to {role}"
+
+
+class Drain(Fault):
+    """A person takes an engine out of service, and puts it back."""
+
+    name = "drain"
+
+    async def begin(self) -> str | None:
+        router = self.world.router
+        assert router is not None
+        engines = router.controller.view.engines
+        if not engines:
+            return None
+        self._engine = engines[int(self.pick * len(engines))].id
+        await self._order("drain")
+        return self._engine
+
+    async def end(self) -> None:
+        await self._order("undrain")
+
+    async def _order(self, verb: str) -> None:
+        router = self.world.router
+        assert router is not None
+
+        async def order() -> None:
+            with contextlib.suppress(OrderError):
+                await getattr(router.controller, verb)(self._engine, "a fault")
+
+        self.world.start(self.world.router_process, order())
+
+
 KINDS: tuple[type[Fault], ...] = (
     EngineCrash,
     EngineHang,
@@ -234,6 +305,9 @@ KINDS: tuple[type[Fault], ...] = (
     RouterBlock,
     PowerLoss,
     WallStep,
+    RouterCrash,
+    Flip,
+    Drain,
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -9,6 +10,7 @@ import msgspec
 from tests.sim import words
 
 if TYPE_CHECKING:
+    from tests.sim.client import Ask
     from tests.sim.world import World
 
 LIMIT_S = 90.0
@@ -38,12 +40,18 @@ def _requests(world: World) -> list[Found]:
             found.append(Found("right", f"request {ask.number} ({ask.route}, stream={ask.stream}): {ask.why}"))
         elif ask.ended_at - ask.sent_at > LIMIT_S:
             found.append(Found("in time", f"request {ask.number} took {ask.ended_at - ask.sent_at:.1f} s"))
+        elif ask.outcome in {"cut", "unconnected"} and not _router_was_down(world, ask):
+            found.append(Found("ended", f"request {ask.number} ({ask.route}): its connection was {ask.outcome} while the router lived"))
         elif ask.outcome == "refused":
             found.append(Found("right", f"request {ask.number} ({ask.route}) is a good one and was refused"))
     lost = [ask.number for ask in world.asks if ask.outcome == "lost"]
     if EXPECT_LOST is not None and len(lost) > EXPECT_LOST:
         found.append(Found("lost", f"requests {lost} ended in errors"))
     return found
+
+
+def _router_was_down(world: World, ask: Ask) -> bool:
+    return any(ask.sent_at <= up + 0.1 and down <= ask.ended_at for down, up in world.router_down)
 
 
 def _engines(world: World) -> list[Found]:
@@ -54,6 +62,8 @@ def _engines(world: World) -> list[Found]:
                 found.append(Found("engines empty", engine.held()))
             if engine.late_writes:
                 found.append(Found("late writes", f"{engine.name} had {engine.late_writes}"))
+            if tasks := world.loop.of(engine.process):
+                found.append(Found("tasks", f"{engine.name} runs {[task.get_name() for task in tasks]}"))
     return found
 
 
@@ -68,8 +78,8 @@ def _router(world: World) -> list[Found]:
     if router.metrics.inflight:
         found.append(Found("in flight", f"{router.metrics.inflight} requests"))
     tasks, ends = world.residue()
-    if extra := [name for name in tasks if name not in world.baseline[0]]:
-        found.append(Found("tasks", f"the router still runs {extra}"))
+    if extra := Counter(tasks) - Counter(world.baseline[0]):
+        found.append(Found("tasks", f"the router still runs {sorted(extra.elements())}"))
     if ends > world.baseline[1]:
         found.append(Found("connections", f"the router holds {ends} connections, {world.baseline[1]} before"))
     found += [Found("faults", fault) for fault in world.loop.faults]

@@ -30,14 +30,13 @@ from tests.sim.faults import Fault, schedule
 from tests.sim.launcher import Machine, SimLauncher, end_process
 from tests.sim.loop import PROCESS, Process, SimLoop, finish
 from tests.sim.net import Network
-from tests.sim.oracle import Found, judge
+from tests.sim.oracle import LIMIT_S, Found, judge
 from tests.sim.wires import SimControlClient, SimControlServer, SimProber
 
 ROUTER_IP, CLIENT_IP = "10.0.0.1", "10.9.0.1"
 HTTP, ADMIN, CONTROL = 8000, 8001, 7400
 SETTLE_S = 10.0
 READY_LIMIT_S = 120.0
-HUGE = 1 << 30
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -49,7 +48,7 @@ class Plan(msgspec.Struct, frozen=True):
         load_s: how long clients ask; and `rate`, how often, per second.
         faults: which kinds, all of them if empty; "none" for none.
         gap_s: between two faults, on average.
-        defect: a bug planted on purpose, for tests of the oracle.
+        defect: a bug planted on purpose, for tests of the oracle; one of `DEFECTS`.
     """
 
     seed: int
@@ -86,7 +85,7 @@ class Result(msgspec.Struct):
 class World:
     """One run."""
 
-    def __init__(self, plan: Plan, folder: Path, *, keep: bool, on_line: Callable[[str], None] | None = None) -> None:
+    def __init__(self, plan: Plan, folder: Path, *, keep: bool, on_line: Callable[[str], object] | None = None) -> None:
         self.plan = plan
         self.folder = folder
         self.chance = random.Random(f"world {plan.seed}")
@@ -107,12 +106,15 @@ class World:
         self.plans: dict[str, HostPlan] = {}
         self.ips: dict[str, str] = {}
         self.router: Router | None = None
-        self.router_process = self.new_process("router", ROUTER_IP)
+        self.router_process = Process("router", ROUTER_IP, 0)
+        self._router_main: asyncio.Future[Any] = self.loop.create_future()
+        self.router_down: list[tuple[float, float]] = []
         self.clients = self.new_process("clients", CLIENT_IP)
         self._config = _config()
         self._ids = random.Random(f"ids {plan.seed}")
         self.baseline: tuple[list[str], int] = ([], 0)
         self.found: list[Found] = []
+        self.held: object = None
 
     # --- the trace
 
@@ -164,20 +166,36 @@ class World:
 
     async def run(self) -> None:
         """The whole story."""
-        ready = asyncio.Event()
-        router = self.start(self.router_process, self._route(ready))
         try:
-            await self._tell(ready)
+            await self.start_router()
+            await self._tell()
         finally:
-            self.shutdown(router)
+            self.shutdown()
             await asyncio.sleep(1.0)
 
-    async def _tell(self, ready: asyncio.Event) -> None:
+    async def start_router(self) -> None:
+        """Starts the router; returns when it listens."""
+        ready = asyncio.Event()
+        self.router_process = self.new_process("router", ROUTER_IP)
+        self._router_main = self.start(self.router_process, self._route(ready))
         await ready.wait()
+        if self.router_down:
+            self.router_down[-1] = (self.router_down[-1][0], self.loop.time())
+
+    async def kill_router(self) -> None:
+        """Ends it at once, and waits until nothing is left of it."""
+        self.router_down.append((self.loop.time(), float("inf")))
+        end_process(self.loop, self.router_process)
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await self._router_main
+
+    async def _tell(self) -> None:
         self._build_hosts()
         await self._until(self._all_ready, READY_LIMIT_S, "the engines are not ready")
         await asyncio.sleep(6.0)
         self.baseline = self.residue()
+        if self.plan.defect:
+            DEFECTS[self.plan.defect](self)
         await self._load()
         await asyncio.sleep(SETTLE_S)
         self.note("settled")
@@ -263,7 +281,7 @@ class World:
     async def _load(self) -> None:
         asking = self.start(self.clients, self._ask_on())
         faulty = self.loop.create_task(self._hurt(), name="faults")
-        await asking
+        await asyncio.wait({asking}, timeout=self.plan.load_s + LIMIT_S + READY_LIMIT_S)
         await faulty
 
     async def _ask_on(self) -> None:
@@ -306,7 +324,7 @@ class World:
         ends = [end for end in self.network.ends if end.process is self.router_process and not end.gone]
         return tasks, len(ends)
 
-    def shutdown(self, router: asyncio.Future[Any]) -> None:
+    def shutdown(self) -> None:
         """Everybody is killed: nothing is left for the next run."""
         for machine in self.machines.values():
             for engine in machine.live():
@@ -315,7 +333,6 @@ class World:
             end_process(self.loop, process)
         end_process(self.loop, self.router_process)
         end_process(self.loop, self.clients)
-        router.cancel()
 
     def result(self) -> Result:
         return Result(
@@ -326,6 +343,64 @@ class World:
             dict(sorted(Counter(a.outcome for a in self.asks).items())),
             self.faults,
         )
+
+
+def _every_engine(knob: str, value: Any) -> Callable[[World], None]:
+    def plant(world: World) -> None:
+        for machine in world.machines.values():
+            for engine in machine.live():
+                setattr(engine.knobs, knob, value)
+
+    return plant
+
+
+def _in_router(work: Callable[[World], Coroutine[Any, Any, None]]) -> Callable[[World], None]:
+    def plant(world: World) -> None:
+        world.start(world.router_process, work(world))
+
+    return plant
+
+
+async def _never_end(_world: World) -> None:
+    await asyncio.get_running_loop().create_future()
+
+
+async def _hold_connection(world: World) -> None:
+    world.held = await asyncio.get_running_loop().create_connection(asyncio.Protocol, ROUTER_IP, ADMIN)
+
+
+async def _fail_unseen(_world: World) -> None:
+    asyncio.get_running_loop().call_soon(lambda: 1 / 0)
+
+
+async def _log_prompts(world: World) -> None:
+    while not any(len(ask.prompt) >= 5 for ask in world.asks):  # noqa: ASYNC110  # nobody says when
+        await asyncio.sleep(0.1)
+    ask = next(ask for ask in world.asks if len(ask.prompt) >= 5)
+    world.log("router").info("a request came", body=str(ask.body()))
+
+
+async def _forget_settling(world: World) -> None:
+    assert world.router is not None
+    world.router._relay.settled = lambda attempt: None  # type: ignore[method-assign]
+
+
+async def _stand_still(world: World) -> None:
+    await asyncio.sleep(world.plan.load_s / 2)
+    world.loop.freeze(world.router_process)
+
+
+DEFECTS: dict[str, Callable[[World], None]] = {
+    "engines leak pages": _every_engine("leak", True),
+    "engines answer wrong": _every_engine("wrong", 20),  # canaries look at fewer tokens
+    "engines fail": _every_engine("refuse", 500),
+    "a task stays": _in_router(_never_end),
+    "a connection stays": _in_router(_hold_connection),
+    "a callback fails": _in_router(_fail_unseen),
+    "prompts are logged": _in_router(_log_prompts),
+    "attempts are kept": _in_router(_forget_settling),
+    "the router stands still": _in_router(_stand_still),
+}
 
 
 def _where(failure: Any) -> str:
@@ -348,7 +423,7 @@ def _config() -> Config:
     )
 
 
-def simulate(plan: Plan, *, keep: bool = False, on_line: Callable[[str], None] | None = None) -> Result:
+def simulate(plan: Plan, *, keep: bool = False, on_line: Callable[[str], object] | None = None) -> Result:
     """Runs one seed to its end.
 
     Args:
