@@ -48,10 +48,15 @@ class Ask(msgspec.Struct):
             return {**shared, "prompt": text}
         return {**shared, "messages": [{"role": "user", "content": text}]}
 
+    def ids(self) -> tuple[int, ...]:
+        """The prompt as an engine sees it."""
+        if self.route != "/v1/chat/completions":
+            return self.prompt
+        return tuple(words.chat_ids([{"role": "user", "content": words.text_of(self.prompt)}]))
+
     def right(self) -> tuple[str, str, int]:
         """Text, finish reason and number of tokens of the right answer."""
-        prompt = words.chat_ids([{"role": "user", "content": words.text_of(self.prompt)}]) if "chat" in self.route else list(self.prompt)
-        ids, finish = words.answer(prompt, self.limit)
+        ids, finish = words.answer(self.ids(), self.limit)
         return words.text_of(ids), finish, len(ids)
 
 
@@ -92,6 +97,7 @@ class Asker(asyncio.Protocol):
         self._error: Any = None
         self._done = False
         self._left = False
+        self._right = ask.right()[0]
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
@@ -167,8 +173,7 @@ class Asker(asyncio.Protocol):
             self._take_native(value)
         else:
             self._take_openai(value)
-        right = self.ask.right()[0]
-        if not right.startswith(self._text):
+        if not self._right.startswith(self._text):
             raise ValueError(f"wrong tokens: {self._text[-40:]!r} after {len(self._text)} characters")
 
     def _take_native(self, value: Any) -> None:

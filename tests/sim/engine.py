@@ -49,6 +49,8 @@ class Knobs:
         ignore_abort: aborts are answered and ignored.
         leak: pages of finished requests are kept.
         wrong: every so-many-th token is another one.
+        cut_at: the connection of a stream is reset after so many tokens.
+        die_at: the process ends when a request on it has made so many tokens.
     """
 
     def __init__(self) -> None:
@@ -60,6 +62,8 @@ class Knobs:
         self.ignore_abort = False
         self.leak = False
         self.wrong = 0
+        self.cut_at = 0
+        self.die_at = 0
 
 
 class Leg:
@@ -224,6 +228,7 @@ class SimEngine:
         self._computing: Leg | None = None
         self._stepping = False
         self._network = network
+        self.on_end: Callable[[], None] = lambda: None
 
     def serve(self) -> None:
         """Listens; runs in the engine's process."""
@@ -539,6 +544,8 @@ class SimEngine:
                 token = (token + 1) % words.VOCABULARY
             leg.ids.append(token)
             self.generated += 1
+            if self.knobs.die_at and len(leg.ids) >= self.knobs.die_at:
+                self.loop.call_soon(self.on_end)
             if len(leg.ids) >= leg.limit:
                 leg.finish = "length"
         if leg.stream:
@@ -552,6 +559,11 @@ class SimEngine:
         if self.knobs.early_end and len(leg.ids) > self.knobs.early_end:
             self._end(leg)
             call.end()
+            return
+        if self.knobs.cut_at and len(leg.ids) > self.knobs.cut_at:
+            self._end(leg)
+            call.leg = None
+            call.transport.abort()
             return
         if self.knobs.garbage:
             call.events(b"data: {nonsense\n\n")

@@ -109,6 +109,18 @@ class EngineEndsEarly(EngineKnob):
     longest_s = 3.0
 
 
+class EngineCuts(EngineKnob):
+    name, knob, value = "engine cuts streams", "cut_at", 5
+    longest_s = 3.0
+
+
+class EngineDies(EngineKnob):
+    """It ends at the next request that has made so many tokens."""
+
+    name, knob, value = "engine dies at a token", "die_at", 7
+    longest_s = 5.0
+
+
 class EngineDeaf(EngineKnob):
     name, knob = "engine ignores aborts", "ignore_abort"
     longest_s = 3.0
@@ -296,6 +308,8 @@ KINDS: tuple[type[Fault], ...] = (
     EngineRefuses,
     EngineGarbage,
     EngineEndsEarly,
+    EngineCuts,
+    EngineDies,
     EngineDeaf,
     EnginePause,
     Cut,

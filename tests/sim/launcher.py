@@ -45,6 +45,7 @@ class Machine:
         http, bootstrap = self.network.free_port(), self.network.free_port()
         mode = MODES[launch.role]
         engine = SimEngine(process, self.loop, self.network, name=launch.id, mode=mode, tokens=self.tokens, http=http, bootstrap=bootstrap)
+        engine.on_end = lambda: self.kill(pid, 137)
         self.engines[pid] = engine
         self.ended[pid] = asyncio.Event()
         self.records[pid] = EngineRecord(launch, launch.role, pid, pid, "boot")

@@ -56,14 +56,14 @@ def _router_was_down(world: World, ask: Ask) -> bool:
 
 def _engines(world: World) -> list[Found]:
     found = []
-    for machine in world.machines.values():
-        for engine in machine.live():
-            if engine.held():
-                found.append(Found("engines empty", engine.held()))
-            if engine.late_writes:
-                found.append(Found("late writes", f"{engine.name} had {engine.late_writes}"))
-            if tasks := world.loop.of(engine.process):
-                found.append(Found("tasks", f"{engine.name} runs {[task.get_name() for task in tasks]}"))
+    for engine in world.engines():
+        if engine.held():
+            found.append(Found("engines empty", engine.held()))
+        if engine.late_writes:
+            found.append(Found("late writes", f"{engine.name} had {engine.late_writes}"))
+        if tasks := world.loop.of(engine.process):
+            found.append(Found("tasks", f"{engine.name} runs {[task.get_name() for task in tasks]}"))
+    found += [Found("orphans", f"{orphan} runs for a client who left") for orphan in world.orphans[:5]]
     return found
 
 

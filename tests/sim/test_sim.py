@@ -61,6 +61,7 @@ CLAUSES = {
     "a callback fails": "faults",
     "prompts are logged": "logs",
     "attempts are kept": "attempts",
+    "nothing is aborted": "orphans",
     "the router stands still": "ended",
 }
 

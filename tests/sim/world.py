@@ -11,6 +11,7 @@ import random
 import shutil
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -26,6 +27,7 @@ from disagg.model import EngineId, EngineState, Role
 from disagg.security.token import Token
 from disagg.server import Router, router_running
 from tests.sim import client
+from tests.sim.engine import SimEngine
 from tests.sim.faults import Fault, schedule
 from tests.sim.launcher import Machine, SimLauncher, end_process
 from tests.sim.loop import PROCESS, Process, SimLoop, finish
@@ -36,6 +38,10 @@ from tests.sim.wires import SimControlClient, SimControlServer, SimProber
 ROUTER_IP, CLIENT_IP = "10.0.0.1", "10.9.0.1"
 HTTP, ADMIN, CONTROL = 8000, 8001, 7400
 SETTLE_S = 10.0
+ORPHAN_S = 1.5
+"""How long an engine may work on for a client who left: the bound is 1 s, and the oracle looks now and then."""
+CALM_S = 5.0
+"""So long after a fault what it has left behind is cleaned up."""
 READY_LIMIT_S = 120.0
 
 
@@ -67,6 +73,7 @@ class Result(msgspec.Struct):
     Attributes:
         trace: a hash of everything that happened, in order; `lines` are its text, if wanted.
         found: what the oracle found, empty for nothing.
+        logs: of everybody, with the time in front.
         outcomes: requests by outcome.
         simulated_s, wall_s, cpu_s: how long it took.
     """
@@ -77,6 +84,7 @@ class Result(msgspec.Struct):
     found: list[Found]
     outcomes: dict[str, int]
     faults: list[str]
+    logs: list[str] = []
     simulated_s: float = 0.0
     wall_s: float = 0.0
     cpu_s: float = 0.0
@@ -85,8 +93,20 @@ class Result(msgspec.Struct):
 class World:
     """One run."""
 
-    def __init__(self, plan: Plan, folder: Path, *, keep: bool, on_line: Callable[[str], object] | None = None) -> None:
+    # A script gets the world once all engines are ready. It moves time with `asyncio.sleep`, asks with `ask`, and breaks things through
+    # `machines`, `network`, `loop.freeze`, the engines' `knobs`, `kill_agent` and so on.
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        *,
+        keep: bool = False,
+        on_line: Callable[[str], object] | None = None,
+        script: Script | None = None,
+    ) -> None:
         self.plan = plan
+        self._script = script
         self.folder = folder
         self.chance = random.Random(f"world {plan.seed}")
         self.loop = SimLoop(random.Random(f"loop {plan.seed}"))
@@ -115,6 +135,8 @@ class World:
         self.baseline: tuple[list[str], int] = ([], 0)
         self.found: list[Found] = []
         self.held: object = None
+        self.calm_since = 0.0
+        self.orphans: list[str] = []
 
     # --- the trace
 
@@ -135,7 +157,7 @@ class World:
             failure = event.pop("exc_info", None)
             text = f"{name}: {method} {event.pop('event')} " + " ".join(f"{k}={v}" for k, v in event.items())
             text = text.replace(str(self.folder), "ROOT")
-            self.logs.append(text)
+            self.logs.append(f"{self.loop.time():.3f} {text}")
             self.note("log", text)
             if failure or method in {"exception", "critical"}:
                 self.errors.append(f"{self.loop.time():.3f} {text}{_where(failure)}")
@@ -279,10 +301,36 @@ class World:
     # --- load and faults
 
     async def _load(self) -> None:
+        if self._script is not None:
+            await self._script(self)
+            return
         asking = self.start(self.clients, self._ask_on())
+        watching = self.loop.create_task(self._watch_orphans(), name="watch")
         faulty = self.loop.create_task(self._hurt(), name="faults")
         await asyncio.wait({asking}, timeout=self.plan.load_s + LIMIT_S + READY_LIMIT_S)
         await faulty
+        watching.cancel()
+
+    async def _watch_orphans(self) -> None:
+        """Looks whether an engine works for a client who left, while nothing is broken that would explain it."""
+        while True:
+            await asyncio.sleep(0.25)
+            now = self.loop.time()
+            if now - self.calm_since < CALM_S:
+                continue
+            gone = {ask.ids(): ask for ask in self.asks if ask.outcome == "left" and ORPHAN_S < now - ask.ended_at < LIMIT_S}
+            for engine in self.engines() if gone else ():
+                self.orphans += [f"request {gone[tuple(x.prompt)].number} on {engine.name}" for x in engine.legs if tuple(x.prompt) in gone]
+
+    def engines(self) -> list[SimEngine]:
+        """Those that live."""
+        return [engine for machine in self.machines.values() for engine in machine.live()]
+
+    async def ask(self, ask: client.Ask) -> client.Ask:
+        """Sends a request and waits for its end; for scripts."""
+        self.asks.append(ask)
+        await self.start(self.clients, self._ask(ask))
+        return ask
 
     async def _ask_on(self) -> None:
         chance = random.Random(f"clients {self.plan.seed}")
@@ -306,6 +354,7 @@ class World:
                 continue
             await asyncio.sleep(fault.lasts_s)
             await fault.end()
+            self.calm_since = self.loop.time()
             self.note("fault ends", fault.name)
 
     async def _strike(self, fault: Fault) -> bool:
@@ -314,6 +363,7 @@ class World:
             return False
         self.faults.append(f"{self.loop.time():.3f} {fault.name} {said} for {fault.lasts_s:.2f} s")
         self.note("fault", fault.name, said)
+        self.calm_since = float("inf")
         return True
 
     # --- ends
@@ -342,14 +392,14 @@ class World:
             self.found,
             dict(sorted(Counter(a.outcome for a in self.asks).items())),
             self.faults,
+            self.logs,
         )
 
 
 def _every_engine(knob: str, value: Any) -> Callable[[World], None]:
     def plant(world: World) -> None:
-        for machine in world.machines.values():
-            for engine in machine.live():
-                setattr(engine.knobs, knob, value)
+        for engine in world.engines():
+            setattr(engine.knobs, knob, value)
 
     return plant
 
@@ -385,6 +435,18 @@ async def _forget_settling(world: World) -> None:
     world.router._relay.settled = lambda attempt: None  # type: ignore[method-assign]
 
 
+async def _abort_nothing(world: World) -> None:
+    assert world.router is not None
+    world.router._relay.abort_rids = lambda upstream, rids: None  # type: ignore[method-assign]
+    for engine in world.engines():
+        engine.knobs.slow = 8.0
+    await asyncio.sleep(CALM_S)
+    for number in range(10):  # whole answers: of a closed stream the engine would know at once
+        ask = client.Ask(-number, "/generate", (1, 2, 3, number), 60, stream=False, leaves_s=0.5)
+        world.asks.append(ask)
+        world.start(world.clients, world._ask(ask))
+
+
 async def _stand_still(world: World) -> None:
     await asyncio.sleep(world.plan.load_s / 2)
     world.loop.freeze(world.router_process)
@@ -399,8 +461,12 @@ DEFECTS: dict[str, Callable[[World], None]] = {
     "a callback fails": _in_router(_fail_unseen),
     "prompts are logged": _in_router(_log_prompts),
     "attempts are kept": _in_router(_forget_settling),
+    "nothing is aborted": _in_router(_abort_nothing),
     "the router stands still": _in_router(_stand_still),
 }
+
+
+Script = Callable[[World], Coroutine[Any, Any, None]]
 
 
 def _where(failure: Any) -> str:
@@ -423,20 +489,24 @@ def _config() -> Config:
     )
 
 
-def simulate(plan: Plan, *, keep: bool = False, on_line: Callable[[str], object] | None = None) -> Result:
+def simulate(plan: Plan, *, keep: bool = False, on_line: Callable[[str], object] | None = None, script: Script | None = None) -> Result:
     """Runs one seed to its end.
 
     Args:
         keep: the text of the trace is wanted.
         on_line: told each line of it as it comes.
+        script: what happens once the cluster is ready, in place of random load and faults.
     """
     began, cpu = time.perf_counter(), time.process_time()
     shared = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="disagg-sim-", dir=shared if shared.is_dir() else None))
     was_on = gc.isenabled()
     gc.disable()
+    warned = warnings.catch_warnings()
+    warned.__enter__()
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited")  # who is killed does not get to begin everything
     try:
-        world = World(plan, folder, keep=keep, on_line=on_line)
+        world = World(plan, folder, keep=keep, on_line=on_line, script=script)
         started = world.loop.time()
         contextvars.Context().run(finish, world.run(), world.loop)
         result = world.result()
@@ -444,6 +514,8 @@ def simulate(plan: Plan, *, keep: bool = False, on_line: Callable[[str], object]
     finally:
         if was_on:
             gc.enable()
+            gc.collect()
+        warned.__exit__(None, None, None)
         shutil.rmtree(folder, ignore_errors=True)
     result.wall_s, result.cpu_s = time.perf_counter() - began, time.process_time() - cpu
     return result
