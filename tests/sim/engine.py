@@ -37,6 +37,26 @@ RESERVED = 64
 _json = msgspec.json.encode
 
 
+class Strike:
+    """A fault that strikes when an answer has so many tokens, and only so often; engines may share one.
+
+    Args:
+        at: tokens that get out first.
+        left: how often it may still strike.
+    """
+
+    def __init__(self, at: int = 0, left: int = 0) -> None:
+        self.at = at
+        self.left = left
+
+    def strikes(self, made: int) -> bool:
+        """Asked with each token."""
+        if not self.left or made <= self.at:
+            return False
+        self.left -= 1
+        return True
+
+
 class Knobs:
     """What is wrong with an engine.
 
@@ -49,8 +69,8 @@ class Knobs:
         ignore_abort: aborts are answered and ignored.
         leak: pages of finished requests are kept.
         wrong: every so-many-th token is another one.
-        cut_at: the connection of a stream is reset after so many tokens.
-        die_at: the process ends when a request on it has made so many tokens.
+        cut: the connection of a request ends in the middle of its answer.
+        die: the process does.
     """
 
     def __init__(self) -> None:
@@ -62,8 +82,8 @@ class Knobs:
         self.ignore_abort = False
         self.leak = False
         self.wrong = 0
-        self.cut_at = 0
-        self.die_at = 0
+        self.cut = Strike()
+        self.die = Strike()
 
 
 class Leg:
@@ -526,7 +546,8 @@ class SimEngine:
             return
         self.steps += 1
         for leg in [x for x in self.legs if x.phase == "running"]:
-            self._make_token(leg)
+            if not self.process.dead:
+                self._make_token(leg)
         if any(leg.phase == "running" for leg in self.legs):
             self.loop.call_later(self.step_s * self.knobs.slow, self._step)
         else:
@@ -544,11 +565,15 @@ class SimEngine:
                 token = (token + 1) % words.VOCABULARY
             leg.ids.append(token)
             self.generated += 1
-            if self.knobs.die_at and len(leg.ids) >= self.knobs.die_at:
-                self.loop.call_soon(self.on_end)
             if len(leg.ids) >= leg.limit:
                 leg.finish = "length"
-        if leg.stream:
+        if self.knobs.die.strikes(len(leg.ids)):
+            self.loop.call_soon(self.on_end)
+        elif self.knobs.cut.strikes(len(leg.ids)):
+            self._end(leg)
+            leg.call.leg = None
+            leg.call.transport.abort()
+        elif leg.stream:
             self._stream_token(leg, token)
         elif leg.finish:
             self._end(leg)
@@ -559,11 +584,6 @@ class SimEngine:
         if self.knobs.early_end and len(leg.ids) > self.knobs.early_end:
             self._end(leg)
             call.end()
-            return
-        if self.knobs.cut_at and len(leg.ids) > self.knobs.cut_at:
-            self._end(leg)
-            call.leg = None
-            call.transport.abort()
             return
         if self.knobs.garbage:
             call.events(b"data: {nonsense\n\n")

@@ -6,10 +6,11 @@ import contextlib
 import random
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from disagg.errors import OrderError
 from disagg.model import EngineState, Role
+from tests.sim.engine import Strike
 from tests.sim.launcher import Machine
 from tests.sim.loop import Process
 
@@ -70,7 +71,7 @@ class EngineCrash(Fault):
 class EngineKnob(Fault):
     """An engine misbehaves: something about its knobs."""
 
-    knob, value = "hung", 1.0
+    knob = ""
     longest_s = 12.0
 
     async def begin(self) -> str | None:
@@ -79,24 +80,34 @@ class EngineKnob(Fault):
             return None
         self._knobs = live[-1].knobs
         self._was = getattr(self._knobs, self.knob)
-        setattr(self._knobs, self.knob, type(self._was)(self.value))
+        setattr(self._knobs, self.knob, self.value())
         return live[-1].name
+
+    def value(self) -> Any:
+        """What the knob is turned to."""
+        return True
 
     async def end(self) -> None:
         setattr(self._knobs, self.knob, self._was)
 
 
 class EngineHang(EngineKnob):
-    name = "engine hang"
+    name, knob = "engine hang", "hung"
 
 
 class EngineSlow(EngineKnob):
-    name, knob, value = "engine slow", "slow", 8.0
+    name, knob = "engine slow", "slow"
+
+    def value(self) -> float:
+        return 8.0
 
 
 class EngineRefuses(EngineKnob):
-    name, knob, value = "engine refuses", "refuse", 503
+    name, knob = "engine refuses", "refuse"
     longest_s = 5.0
+
+    def value(self) -> int:
+        return 503
 
 
 class EngineGarbage(EngineKnob):
@@ -105,20 +116,29 @@ class EngineGarbage(EngineKnob):
 
 
 class EngineEndsEarly(EngineKnob):
-    name, knob, value = "engine ends early", "early_end", 3
+    name, knob = "engine ends early", "early_end"
     longest_s = 3.0
+
+    def value(self) -> int:
+        return 3
 
 
 class EngineCuts(EngineKnob):
-    name, knob, value = "engine cuts streams", "cut_at", 5
+    name, knob = "engine cuts streams", "cut_at"
     longest_s = 3.0
+
+    def value(self) -> Strike:
+        return Strike(5, 1000)
 
 
 class EngineDies(EngineKnob):
     """It ends at the next request that has made so many tokens."""
 
-    name, knob, value = "engine dies at a token", "die_at", 7
+    name, knob = "engine dies at a token", "die_at"
     longest_s = 5.0
+
+    def value(self) -> Strike:
+        return Strike(7, 1)
 
 
 class EngineDeaf(EngineKnob):

@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
-from tests.sim import engine, oracle
-from tests.sim.world import DEFECTS, Plan, simulate
+from disagg.cluster import controller
+from disagg.model import HostState
+from tests.sim import engine, oracle, scenarios
+from tests.sim.world import DEFECTS, Plan, Result, simulate
 
 SEEDS = range(1, 9)
 QUIET = ("none",)
@@ -81,3 +83,63 @@ def test_the_oracle_sees_answers_that_come_too_late(monkeypatch: pytest.MonkeyPa
 def test_the_oracle_sees_writes_into_pages_that_were_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "RELEASE_S", 0.0)
     assert "late writes" in {found.clause for found in simulate(Plan(1, load_s=60.0, rate=8.0, faults=QUIET)).found}
+
+
+# --- stories
+
+
+def worse(result: Result) -> list[str]:
+    """Hosts and engines of which the router came to think ill."""
+    return [
+        line for line in result.logs if any(word in line for word in ("state=suspect", "state=silent", "now=suspect", "now=dead reason=it"))
+    ]
+
+
+def test_a_router_that_stood_still_thinks_ill_of_nobody() -> None:
+    result = simulate(Plan(1), script=scenarios.stall(3.0))
+    assert (result.found, worse(result)) == ([], [])
+
+
+def test_a_router_that_does_not_know_that_it_stood_still_thinks_ill_of_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller, "LAG_S", 1e9)
+    assert worse(simulate(Plan(1), script=scenarios.stall(3.0)))
+
+
+@pytest.mark.parametrize("seconds", [3600.0, -3600.0])
+def test_a_step_of_the_wall_clock_changes_nothing(seconds: float) -> None:
+    result = simulate(Plan(1), script=scenarios.step(seconds))
+    assert (result.found, worse(result), result.outcomes) == ([], [], {"ok": 1})
+
+
+@pytest.mark.parametrize(("inwards", "outwards"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_a_host_that_is_cut_off_is_suspected_after_a_second_and_silent_after_two(seed: int, inwards: bool, outwards: bool) -> None:
+    story = scenarios.Cutting(inwards=inwards, outwards=outwards)
+    result = simulate(Plan(seed), script=story)
+    assert result.found == []
+    assert 0.7 < story.seen[HostState.SUSPECT] < 1.3
+    assert 1.7 < story.seen[HostState.SILENT] < 2.3
+    assert story.back_s < 2.0
+
+
+def test_a_bad_network_is_no_reason_to_think_ill_of_a_host() -> None:
+    result = simulate(Plan(1), script=scenarios.crowd(0.01, 0.05, 120.0))
+    assert (result.found, worse(result)) == ([], [])
+
+
+def test_a_worse_network_is() -> None:
+    assert worse(simulate(Plan(1), script=scenarios.crowd(0.7, 0.0, 30.0)))
+
+
+def test_streams_that_are_cut_end_right_or_with_a_clean_error() -> None:
+    """With continuation they all end right: then `lost` is gone from here."""
+    result = simulate(Plan(1), script=scenarios.cuts(72))
+    assert result.found == []
+    assert set(result.outcomes) <= {"ok", "lost"}
+    assert sum(result.outcomes.values()) == 72
+
+
+def test_clients_that_leave_leave_nothing_behind() -> None:
+    result = simulate(Plan(1), script=scenarios.leavings(400))
+    assert result.found == []
+    assert result.outcomes["left"] > 200

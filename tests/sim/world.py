@@ -301,15 +301,17 @@ class World:
     # --- load and faults
 
     async def _load(self) -> None:
-        if self._script is not None:
-            await self._script(self)
-            return
-        asking = self.start(self.clients, self._ask_on())
         watching = self.loop.create_task(self._watch_orphans(), name="watch")
+        try:
+            await (self._hurt_and_ask() if self._script is None else self._script(self))
+        finally:
+            watching.cancel()
+
+    async def _hurt_and_ask(self) -> None:
+        asking = self.start(self.clients, self._ask_on())
         faulty = self.loop.create_task(self._hurt(), name="faults")
         await asyncio.wait({asking}, timeout=self.plan.load_s + LIMIT_S + READY_LIMIT_S)
         await faulty
-        watching.cancel()
 
     async def _watch_orphans(self) -> None:
         """Looks whether an engine works for a client who left, while nothing is broken that would explain it."""
