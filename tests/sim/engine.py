@@ -5,8 +5,8 @@ A request of a pair, as SGLang does it. Both legs are posted at once; decode con
     prefill: waiting ─► computing ─► inflight ──(KV on its way)──► done: answers, frees its pages
     decode:  prealloc ─► transfer ──────────(KV arrived)─────────► running ─► done
 
-A leg whose peer is gone waits: prefill for `WAIT_S`, decode until its heartbeat has failed. An abort ends a leg at once; decode keeps the
-pages of a broken transfer for `RELEASE_S`, because the peer may still be writing into them.
+A leg whose peer is gone waits: prefill for `WAIT_S`, decode until its heartbeat has failed. An abort ends a leg at once, but no transfer:
+decode keeps the pages of a broken one for `RELEASE_S`, because the peer may still be writing into them, and prefill until it has written.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import msgspec
 
 from tests.sim import words
 from tests.sim.loop import Process, SimLoop
-from tests.sim.net import Network
+from tests.sim.net import Network, Question
 
 PAGE = 16
 WAIT_S = 60.0
@@ -184,6 +184,16 @@ class Call(asyncio.Protocol):
             self.engine.loop.call_soon(self.data_received, b"")
 
 
+class Asked(Call):
+    """A prober's question."""
+
+    def __init__(self, question: Question) -> None:
+        self._question = question
+
+    def answer(self, status: int, value: Any = None, *, body: bytes | None = None) -> None:
+        self._question.reply(status, (b"" if value is None else _json(value)) if body is None else body)
+
+
 class Peer(asyncio.Protocol):
     """A connection of one room between a decode engine, which makes it, and a prefill engine. Lines of JSON."""
 
@@ -252,7 +262,8 @@ class SimEngine:
 
     def serve(self) -> None:
         """Listens; runs in the engine's process."""
-        self._network.listen(lambda: Call(self), self.process.ip, self.http)
+        listener = self._network.listen(lambda: Call(self), self.process.ip, self.http)
+        listener.answers = lambda question, method, path, body: self.handle(Asked(question), method, path.partition("?")[0], body)
         self._network.listen(lambda: Peer(self), self.process.ip, self.bootstrap)
         self._sweep()
 
@@ -446,13 +457,15 @@ class SimEngine:
         self._prefill_next()
 
     def _transferred(self, leg: Leg, size: int) -> None:
-        if leg.over or self.process.dead:
+        """Also for a leg that was aborted meanwhile: nobody calls back what is on its way."""
+        if self.process.dead:
             return
         if self.knobs.hung:
             self.loop.call_later(0.1, self._transferred, leg, size)
             return
         assert leg.peer is not None
         self.transferred += size
+        self.quarantine.pop(leg.rid, None)
         leg.peer.say(kv=size)
 
     # --- decode
@@ -611,7 +624,7 @@ class SimEngine:
             return
         if leg.waits is not None:
             leg.waits.cancel()
-        broken = leg.phase == "transfer" and leg.peer is not None
+        broken = leg.phase in {"transfer", "inflight"} and leg.peer is not None
         self._end(leg, keep_s=RELEASE_S if broken else 0.0)
         if leg.peer is not None and not broken:
             leg.peer.close()

@@ -124,7 +124,7 @@ class EngineEndsEarly(EngineKnob):
 
 
 class EngineCuts(EngineKnob):
-    name, knob = "engine cuts streams", "cut_at"
+    name, knob = "engine cuts streams", "cut"
     longest_s = 3.0
 
     def value(self) -> Strike:
@@ -134,7 +134,7 @@ class EngineCuts(EngineKnob):
 class EngineDies(EngineKnob):
     """It ends at the next request that has made so many tokens."""
 
-    name, knob = "engine dies at a token", "die_at"
+    name, knob = "engine dies at a token", "die"
     longest_s = 5.0
 
     def value(self) -> Strike:

@@ -10,6 +10,7 @@ Time moves only when nobody has anything to do, and by `ROUND_S` with each round
 from __future__ import annotations
 
 import asyncio
+import functools
 import heapq
 import random
 from collections.abc import Callable, Coroutine, Generator, Sequence
@@ -136,13 +137,14 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def __init__(self, chance: random.Random) -> None:
         super().__init__()
-        self._now = 1000.0
+        self._clock = [1000.0]
+        self.time = functools.partial(self._clock.__getitem__, 0)  # type: ignore[method-assign]  # asked more often than anything else
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._count = 0
         self._chance = chance
         self._tasks_made = 0
         self._tasks_kept = 100
-        self._second = 0
+        self._second = 0.0
         self._rounds = 0
         self.faults: list[str] = []
         self.frozen: dict[Process, None] = {}
@@ -152,13 +154,14 @@ class SimLoop(asyncio.BaseEventLoop):
 
     # --- time
 
-    def time(self) -> float:
-        return self._now
-
     def call_later(
         self, delay: float, callback: Callable[[*Args], object], *args: *Args, context: Context | None = None
     ) -> asyncio.TimerHandle:
-        return self.call_at(self._now + delay, callback, *args, context=context)
+        when = self._clock[0] + delay
+        timer = Later(when, callback, args, self, context)
+        self._count += 1
+        heapq.heappush(self._timers, (when, self._count, timer))
+        return timer
 
     def call_at(
         self, when: float, callback: Callable[[*Args], object], *args: *Args, context: Context | None = None
@@ -174,16 +177,20 @@ class SimLoop(asyncio.BaseEventLoop):
         return handle
 
     def _run_once(self) -> None:
-        timers, ready = self._timers, self._ready
-        self._now += ROUND_S
+        timers, ready, clock = self._timers, self._ready, self._clock
+        now = clock[0] + ROUND_S
         if not ready and not self._stopping:
             while timers and timers[0][2]._cancelled:
                 heapq.heappop(timers)
             if not timers:
                 raise StuckError("nobody waits for anything")
-            self._now = max(self._now, timers[0][0])
-        self._count_round()
-        now = self._now
+            now = max(now, timers[0][0])
+        clock[0] = now
+        self._rounds += 1
+        if now >= self._second:
+            self._second, self._rounds = now + 1.0, 0
+        elif self._rounds > ROUNDS_PER_S:
+            raise StuckError(f"somebody polls without sleeping: {next(iter(ready), None)!r}")
         while timers and timers[0][0] <= now:
             timer = heapq.heappop(timers)[2]
             if not timer._cancelled:
@@ -200,13 +207,6 @@ class SimLoop(asyncio.BaseEventLoop):
                 raise
             except BaseException as error:  # noqa: BLE001  # a fault of what is simulated, and a finding
                 self._note_fault(self, {"message": f"exception in {handle._callback}", "exception": error})
-
-    def _count_round(self) -> None:
-        self._rounds += 1
-        if int(self._now) != self._second:
-            self._second, self._rounds = int(self._now), 0
-        elif self._rounds > ROUNDS_PER_S:
-            raise StuckError(f"somebody polls without sleeping: {next(iter(self._ready), None)!r}")
 
     def _sort_out(self) -> None:
         """Sets aside what belongs to frozen processes, and lets one process lag behind."""
@@ -275,7 +275,7 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def _note_fault(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
-        self.faults.append(f"{self._now:.3f} {context.get('message')}: {type(error).__name__}: {error}")
+        self.faults.append(f"{self.time():.3f} {context.get('message')}: {type(error).__name__}: {error}")
 
     # --- connections
 

@@ -22,6 +22,7 @@ HIGH_WATER = 64 * 1024
 LOW_WATER = 16 * 1024
 SPLIT_ONE_IN = 50
 SYN_AGAIN_S = 1.0
+ASK_AGAIN_S = 0.2
 
 _DATA, _FIN, _RST = "data", "fin", "rst"
 
@@ -52,6 +53,7 @@ class Listener:
         self.context = contextvars.copy_context()
         self.address = address
         self.sockets: list[Any] = []
+        self.answers: Callable[[Any, str, str, bytes], None] | None = None  # see `Question`
         self._network = network
 
     def close(self) -> None:
@@ -187,6 +189,70 @@ class Network:
     def _accept(self, end: End, listener: Listener) -> None:
         if not end.gone:
             end.open(listener.factory())
+
+
+class Question:
+    """One HTTP exchange of a prober, without the streams that would carry it: looking at engines is most of what an idle cluster does.
+
+    It meets what a connection would: refusals, cuts (it is repeated until its asker gives up), processes that stand still or end.
+
+    Attributes:
+        answer: status and body.
+    """
+
+    def __init__(self, network: Network, place: tuple[str, int], method: str, path: str, body: bytes) -> None:
+        process = PROCESS.get()
+        assert process is not None, "who asks must be a process"
+        self.answer: asyncio.Future[tuple[int, bytes]] = network.loop.create_future()
+        self._network = network
+        self._here, self._place = process.ip, place
+        self._what = (method, path, body)
+        self._context = contextvars.copy_context()
+        self._process = process
+        self._go()
+
+    def _go(self) -> None:
+        network, there = self._network, self._place[0]
+        if self.answer.done() or self._process.dead:
+            return
+        if network.is_cut(self._here, there) or network.is_cut(there, self._here):
+            network.loop.call_later(ASK_AGAIN_S, self._go, context=KERNEL)
+            return
+        listener = network.listeners.get(self._place)
+        flight_s = network.flight_s(self._here, there)
+        if listener is None:
+            network.loop.call_later(2 * flight_s, self._refused, context=self._context)
+        else:
+            network.loop.call_later(flight_s, self._arrive, listener, context=listener.context)
+
+    def _refused(self) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(ConnectionRefusedError(111, "refused"))
+
+    def _arrive(self, listener: Listener) -> None:
+        """Runs in the process that is asked."""
+        if listener.process.dead:
+            self._network.loop.call_soon(self._broken, context=self._context)
+        else:
+            assert listener.answers is not None
+            listener.answers(self, *self._what)
+
+    def _broken(self) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(ConnectionResetError(104, "reset"))
+
+    def reply(self, status: int, body: bytes) -> None:
+        """Called by who was asked."""
+        network, there = self._network, self._place[0]
+        network.note("looked", self._process.name, there, status, len(body))
+        if network.is_cut(there, self._here):
+            network.loop.call_later(ASK_AGAIN_S, self.reply, status, body, context=KERNEL)
+        elif not self.answer.done():
+            network.loop.call_later(network.flight_s(there, self._here), self._replied, status, body, context=self._context)
+
+    def _replied(self, status: int, body: bytes) -> None:
+        if not self.answer.done() and not self._process.dead:
+            self.answer.set_result((status, body))
 
 
 def _settle(made: asyncio.Future[None], error: OSError | None) -> None:

@@ -34,16 +34,21 @@ def cuts(count: int, *, gap_s: float = 0.5) -> Script:
     return tell
 
 
-def leavings(count: int) -> Script:
-    """Clients that leave at random points of their request's life, several at a time."""
+def leavings(count: int, *, tokens: int = 0, within_s: float = 1.0) -> Script:
+    """Clients that leave at random points of their request's life, several at a time.
+
+    Args:
+        tokens: of each prompt; 0 for random ones.
+        within_s: simulated seconds after which all have left.
+    """
 
     async def tell(world: World) -> None:
         chance = random.Random(f"leavings {world.plan.seed}")
 
         async def some(first: int) -> None:
             for number in range(first, count, 8):
-                prompt = tuple(chance.randrange(50_000) for _ in range(chance.randrange(1, 90)))
-                leaves_s = chance.expovariate(5.0) + 1e-6
+                prompt = tuple(chance.randrange(50_000) for _ in range(tokens or chance.randrange(1, 90)))
+                leaves_s = within_s * chance.random() ** 3 + 1e-6  # most of them early: there the states change
                 stream = chance.random() < 0.5
                 await world.ask(Ask(number, chance.choice(ROUTES), prompt, LENGTH, stream=stream, leaves_s=leaves_s))
 

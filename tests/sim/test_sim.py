@@ -80,9 +80,13 @@ def test_the_oracle_sees_answers_that_come_too_late(monkeypatch: pytest.MonkeyPa
     assert "in time" in {found.clause for found in simulate(Plan(1, load_s=20.0, faults=QUIET)).found}
 
 
-def test_the_oracle_sees_writes_into_pages_that_were_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "RELEASE_S", 0.0)
-    assert "late writes" in {found.clause for found in simulate(Plan(1, load_s=60.0, rate=8.0, faults=QUIET)).found}
+@pytest.mark.parametrize(("release_s", "expected"), [(0.0, {"late writes"}), (engine.RELEASE_S, set())])
+def test_the_oracle_sees_writes_into_pages_that_were_given_back(
+    release_s: float, expected: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "RELEASE_S", release_s)
+    result = simulate(Plan(1), script=scenarios.leavings(100, tokens=90, within_s=0.04))
+    assert {found.clause for found in result.found} == expected
 
 
 # --- stories

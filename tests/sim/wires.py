@@ -18,12 +18,11 @@ from disagg.cluster.transport import Complaints, ControlClient, ControlServer, O
 from disagg.model import EngineAddress
 from disagg.security.keys import KeyPair
 from tests.sim.loop import PROCESS, Process, SimLoop
-from tests.sim.net import Network
+from tests.sim.net import Network, Question
 
 REDIAL_S = 0.3
 HELD_S = 3.0
 """ZeroMQ's TCP_MAXRT: a frame that could not be delivered for so long goes down with its connection."""
-QUIET_IDLE_S = 3.0
 
 
 def _here() -> tuple[SimLoop, Network, Process]:
@@ -210,37 +209,8 @@ class SimControlClient(ControlClient):
             self._hear(frame)
 
 
-class _Ask(asyncio.Protocol):
-    """One HTTP exchange."""
-
-    def __init__(self, answer: asyncio.Future[tuple[int, bytes]]) -> None:
-        self._answer = answer
-        self._data = b""
-
-    def data_received(self, data: bytes) -> None:
-        self._data += data
-        head, found, body = self._data.partition(b"\r\n\r\n")
-        if not found:
-            return
-        length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
-        if len(body) >= length and not self._answer.done():
-            self._answer.set_result((int(head[9:12]), body[:length]))
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if not self._answer.done():
-            self._answer.set_exception(aiohttp.ServerDisconnectedError() if exc is None else aiohttp.ClientOSError(104, "reset"))
-
-
 class SimProber(Prober):
     """Asks over the simulated network. What is asked, and what becomes of the answer, is production's."""
-
-    def __init__(self, patience_s: float) -> None:
-        super().__init__(patience_s)
-        self._idle: dict[tuple[str, int], tuple[Any, float]] = {}
-
-    async def close(self) -> None:
-        for transport, _ in self._idle.values():
-            transport.abort()
 
     async def get(self, address: EngineAddress, path: str) -> dict[str, Any]:
         status, body = await self._exchange(address, "GET", path, b"")
@@ -259,37 +229,17 @@ class SimProber(Prober):
             return status, {}
 
     async def _exchange(self, address: EngineAddress, method: str, path: str, body: bytes) -> tuple[int, bytes]:
-        place = (address.host, address.port)
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[tuple[int, bytes]] = loop.create_future()
-        transport = await self._connected(loop, place, answer)
-        key = f"Authorization: Bearer {address.api_key}\r\n" if address.api_key else ""
-        transport.write(f"{method} {path} HTTP/1.1\r\nHost: x\r\n{key}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        _, network, _ = _here()
+        question = Question(network, (address.host, address.port), method, path, body)
         try:
-            found = await answer
-        except BaseException:
-            answer.cancel()
-            transport.abort()
-            raise
-        if place in self._idle or transport.is_closing():
-            transport.close()
-        else:
-            self._idle[place] = (transport, loop.time())
-        return found
-
-    async def _connected(self, loop: asyncio.AbstractEventLoop, place: tuple[str, int], answer: asyncio.Future[tuple[int, bytes]]) -> Any:
-        transport, since = self._idle.pop(place, (None, 0.0))
-        if transport is not None and not transport.is_closing():
-            if loop.time() - since < QUIET_IDLE_S:
-                transport.set_protocol(_Ask(answer))
-                return transport
-            transport.abort()
-        try:
-            transport, _ = await loop.create_connection(lambda: _Ask(answer), *place)
-        except OSError as error:
-            key = ConnectionKey(place[0], place[1], False, True, None, None, None, None)
+            return await question.answer
+        except ConnectionRefusedError as error:
+            key = ConnectionKey(address.host, address.port, False, True, None, None, None, None)
             raise aiohttp.ClientConnectorError(key, error) from error
-        return transport
+        except ConnectionResetError as error:
+            raise aiohttp.ServerDisconnectedError from error
+        finally:
+            question.answer.cancel()
 
 
 def _raise_for(status: int, url: str) -> None:

@@ -112,6 +112,7 @@ class World:
         self.loop = SimLoop(random.Random(f"loop {plan.seed}"))
         self.network = Network(self.loop, random.Random(f"network {plan.seed}"), self.note)
         self._hash = hashlib.blake2b(digest_size=16)
+        self._trace: list[tuple[float, tuple[object, ...]]] = []
         self._keep = keep or on_line is not None
         self._on_line = on_line
         self.lines: list[str] = []
@@ -141,14 +142,20 @@ class World:
     # --- the trace
 
     def note(self, *what: object) -> None:
-        """A line of the trace."""
-        line = f"{self.loop.time():.6f} {' '.join(map(str, what))}\n"
-        self._hash.update(line.encode())
+        """An entry of the trace."""
+        self._trace.append((self.loop.time(), what))
+        if len(self._trace) > 1000:
+            self._hash_trace()
         if self._keep:
+            line = f"{self.loop.time():.6f} {' '.join(map(str, what))}\n"
             if self._on_line is not None:
                 self._on_line(line)
             else:
                 self.lines.append(line)
+
+    def _hash_trace(self) -> None:
+        self._hash.update(repr(self._trace).encode())
+        self._trace.clear()
 
     def log(self, name: str) -> structlog.typing.FilteringBoundLogger:
         """A logger of a process."""
@@ -387,6 +394,8 @@ class World:
         end_process(self.loop, self.clients)
 
     def result(self) -> Result:
+        """What came of it."""
+        self._hash_trace()
         return Result(
             self.plan.seed,
             self._hash.hexdigest(),
