@@ -162,6 +162,7 @@ async def router_running(
         pace = Pace(_limits(config), section.whole_answer_timeout_s)
         admission = Admission(
             pace=pace,
+            on_waited=metrics.queue.observe,
             view=lambda: controller.view,
             timeout_s=section.queue_timeout_s,
             chance=ids.chance,

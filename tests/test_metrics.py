@@ -21,9 +21,13 @@ NAMES = {
     "disagg_itl_seconds": ("histogram", set()),
     "disagg_handoffs": ("counter", {"outcome"}),
     "disagg_replays": ("counter", {"reason"}),
+    "disagg_resumes": ("counter", {"outcome"}),
     "disagg_canaries": ("counter", {"outcome"}),
     "disagg_quarantined_pairs": ("gauge", set()),
     "disagg_cut_pairs": ("gauge", set()),
+    "disagg_queue_seconds": ("histogram", set()),
+    "disagg_kv_holds": ("gauge", {"leg", "phase"}),
+    "disagg_kv_orphans": ("counter", {"action"}),
     "disagg_ejections": ("counter", {"reason"}),
     "disagg_shed": ("counter", {"reason"}),
     "disagg_connections_refused": ("counter", {"reason"}),
@@ -61,6 +65,7 @@ def busy() -> RouterMetrics:
     metrics.requests["/generate", 'od"d\\\n'] += 1
     metrics.handoffs["done"] += 2
     metrics.replays["never_reached_engine"] += 1
+    metrics.resumes["resumed"] += 1
     metrics.shed["no_engine"] += 4
     metrics.canaries = {"same": 3, "differs": 1}
     metrics.ejections = {"faults": 2, "cut": 1}

@@ -77,6 +77,7 @@ class RouterMetrics(Collector):
         self.shed: Counter[str] = Counter()
         self.inflight = 0
         self.ttft = Histogram(_LATENCY_S)
+        self.queue = Histogram(_LATENCY_S)
         self.itl = Histogram(_STEP_S)
         self.loop_lag = Histogram(_STEP_S)
         self.control: ControlCounts | None = None
@@ -96,6 +97,7 @@ class RouterMetrics(Collector):
         yield _counter("disagg_requests", "Requests by route and outcome.", ["route", "outcome"], self.requests.items())
         yield GaugeMetricFamily("disagg_inflight", "Requests being handled.", value=self.inflight)
         yield self.ttft.family("disagg_ttft_seconds", "Time from a streaming request's arrival to the first bytes of its answer.")
+        yield self.queue.family("disagg_queue_seconds", "Time that requests waited for engines with room, those included that did not.")
         yield self.itl.family("disagg_itl_seconds", "Time between two events of a stream.")
         yield _counter("disagg_handoffs", "Attempts by how they ended.", ["outcome"], _by_one(self.handoffs))
         yield _counter("disagg_replays", "Attempts made again, by reason.", ["reason"], _by_one(self.replays))

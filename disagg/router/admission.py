@@ -117,6 +117,7 @@ class Admission:
 
     Args:
         pace: grows with the ledger.
+        on_waited: told how long each request waited that is let in, seconds.
         view: returns the current view of the cluster.
         timeout_s: nobody waits longer.
         chance: a number in [0, 1), to spread those who are sent away together.
@@ -131,6 +132,7 @@ class Admission:
         self,
         *,
         pace: Pace,
+        on_waited: Callable[[float], None],
         view: Callable[[], ClusterView],
         timeout_s: float,
         chance: Callable[[], float],
@@ -140,6 +142,7 @@ class Admission:
         self.in_flight = InFlight()
         self.ledger = Ledger()
         self._pace = pace
+        self._on_waited = on_waited
         self._view = view
         self._timeout_s = timeout_s
         self._chance = chance
@@ -169,6 +172,7 @@ class Admission:
                 promise.entry = self._entry(wanting, None, again=again)
                 promise.queue = queue
                 queue.admit(promise.entry, now=self._clock())
+                self._on_waited(0.0)
                 return promise
         return await self._wait(queue, wanting, exclude, again=again)
 
@@ -241,6 +245,7 @@ class Admission:
                     waiter.place.set_exception(found)
                 continue
             found.entry, found.queue = entry, queue
+            self._on_waited(entry.taken_at - entry.arrived_at)
             if waiter.place.done():
                 found.end_all()
             else:
