@@ -316,11 +316,11 @@ class Seam:
             usage["completion_tokens"] += taken
             if details := usage.get("prompt_tokens_details"):
                 details["cached_tokens"] = min(details.get("cached_tokens") or 0, usage["prompt_tokens"])
-        if not value.get("choices"):
+        if not value["choices"]:
             return value
         choice = value["choices"][0]
         holder, key = (choice["delta"], "content") if self._route is Route.CHAT else (choice, "text")
-        piece = holder.get(key) or ""
+        piece = (holder.get(key) if self._route is Route.CHAT else holder[key]) or ""
         ids = choice.get("token_ids")
         self._made += len(ids) if ids is not None else bool(piece)
         more = self._route is Route.CHAT and any(holder.get(k) for k in holder.keys() - {"role", "content"})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -25,6 +26,21 @@ whether a word begins with a space."""
 
 Ask = Callable[[str, Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
 """Posts JSON to a path of some engine that serves the model; raises EngineError."""
+
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class _Texts(NamedTuple):
+    """What the ids of an answer say.
+
+    Attributes:
+        beginnings: text by number of ids; more than one where it can be read in more than one way.
+        silent: ids that have no text of their own.
+    """
+
+    beginnings: Sequence[Mapping[int, str]]
+    silent: Collection[int]
 
 
 class Stream:
@@ -125,32 +141,35 @@ class Stream:
 
         Ids at the end that say nothing are left off: the token that ended the answer may be among them, and the next engine finds it again.
         """
-        if not said.ids:
+        if said.ids is None:
             return await self._tokenized(said.text, ask), "", said.text
         held_back = max(map(len, stops_of(self._request.route, fields)), default=0)
-        known, silent = await self._texts(said.ids, min(LOOK_BACK + held_back, 4 * LOOK_BACK), prompt, fields, ask)
-        n = aligned(said.text, known)
-        if n is None:
+        texts = await self._texts(said.ids, min(LOOK_BACK + held_back, 4 * LOOK_BACK), prompt, fields, ask)
+        found = max(
+            ((n, known) for known in texts.beginnings if (n := aligned(said.text, known)) is not None), key=itemgetter(0), default=None
+        )
+        if found is None:
             return await self._tokenized(said.text, ask), "", said.text
-        while n - 1 in known and said.ids[n - 1] in silent:
+        n, known = found
+        while n - 1 in known and said.ids[n - 1] in texts.silent:
             n -= 1
         return said.ids[:n], said.text[len(known[n]) :], known[n]
 
-    async def _texts(
-        self, ids: Sequence[int], back: int, prompt: Sequence[int], fields: Mapping[str, Any], ask: Ask
-    ) -> tuple[Mapping[int, str], Collection[int]]:
-        """The texts of the answer's beginnings by their numbers of ids, down to `back` less than all; and the ids without text."""
+    async def _texts(self, ids: Sequence[int], back: int, prompt: Sequence[int], fields: Mapping[str, Any], ask: Ask) -> _Texts:
+        """The texts of the answer's beginnings down to `back` ids less than all."""
         counts = range(max(0, len(ids) - back), len(ids) + 1)
         alone = sorted(set(ids[counts[0] :]))
+        tail = list(prompt[-PROMPT_TAIL:])
+        tokens = [tail, *([*tail, *ids[:n]] for n in counts), *([*tail, i] for i in alone)]
         shown = {"skip_special_tokens": False} if sampling_of(self._request.route, fields).get("skip_special_tokens") is False else {}
-        before, texts = "", []
-        for tail in (list(prompt[-PROMPT_TAIL:]), []):
-            tokens = [tail, *([*tail, *ids[:n]] for n in counts), *([*tail, i] for i in alone)]
-            before, *texts = (await ask("/v1/detokenize", {**self._model, **shown, "tokens": tokens}))["text"]
-            if not before.endswith("\N{REPLACEMENT CHARACTER}"):
-                break  # else the prompt ends inside of a character, and nobody knows whose it is
-        known = {n: text[len(before) :] for n, text in zip(counts, texts, strict=False)}
-        return known, {i for i, text in zip(alone, texts[len(counts) :], strict=True) if text == before}
+        before, *texts = (await ask("/v1/detokenize", {**self._model, **shown, "tokens": tokens}))["text"]
+        starts = [len(before)]
+        if before.endswith(_REPLACEMENT):  # the prompt ends inside of a character: an engine may count it to the answer
+            starts.append(len(before) - 1)
+        return _Texts(
+            [{n: text[start:] for n, text in zip(counts, texts, strict=False)} for start in starts],
+            {i for i, text in zip(alone, texts[len(counts) :], strict=True) if text == before},
+        )
 
     async def _tokenized(self, text: str, ask: Ask) -> Sequence[int]:
         return _ids(await ask("/v1/tokenize", {**self._model, "prompt": text, "add_special_tokens": False})) if text else []
