@@ -15,6 +15,7 @@ DisaggError                  exit 1, HTTP 500
 │   └── ShareError           HTTP 429            the same, and this user holds more than a fair share of the engines
 ├── DeadlineError            HTTP 504            the request's own deadline passed; nobody's fault
 └── EngineError              HTTP 502            an engine broke its promise: refused, closed, garbage
+    ├── CrashedError         HTTP 500            engines died under this very request: nobody gets it any more
     ├── EngineRefusedError   its own status      the engine answered with an error of its own
     └── EngineTimeoutError   HTTP 504            it was silent for longer than this phase allows
 
@@ -148,6 +149,17 @@ class EngineError(DisaggError):
 
     status = 502
     kind = "engine_error"
+
+
+class CrashedError(EngineError):
+    """Several engines died while they worked on this request: it is not tried on another.
+
+    Attributes:
+        code: what programs may look for.
+    """
+
+    status = 500
+    code = "request_crashed_engine"
 
 
 class EngineRefusedError(EngineError):

@@ -42,6 +42,9 @@ class EngineState(StrEnum):
     QUARANTINED = "quarantined"
 
 
+_GONE = frozenset({EngineState.DEAD, EngineState.STARTING, EngineState.HELD})
+
+
 class EngineLoad(msgspec.Struct, frozen=True):
     """What an engine last said about itself. Requests are counts, KV is in tokens, the transfer counter in bytes since start.
 
@@ -297,6 +300,16 @@ class ClusterView(msgspec.Struct, frozen=True):
         if lone:
             engines = tuple(lone.get(e.id, e) for e in engines)
         return cls(engines, pools, tuple(hosts), may_join, wrong, proving, cut)
+
+    def has_died(self, engine: EngineView) -> bool:
+        """True when the process that this engine was is known to have ended. A host that is not heard says nothing about its engines."""
+        now = next((e for e in self.engines if e.id == engine.id), None)
+        if now is None:
+            return False
+        if now.address.pid != engine.address.pid:
+            return True
+        host = next((h for h in self.hosts if h.id == now.host), None)
+        return now.state in _GONE and (host is None or host.state is HostState.ONLINE)
 
     def may_serve(self, model: str) -> bool:
         """True when engines for this model are there, whatever they do at the moment: it is worth waiting for them.

@@ -190,6 +190,7 @@ async def router_running(
             view=lambda: controller.view,
             metrics=metrics,
             queue_s=section.queue_timeout_s,
+            spawn=spawn,
             log=log,
         )
         controller.on_view = owner.changed

@@ -100,6 +100,7 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.router.owner",
             "disagg.router.relay",
             "disagg.router.stream",
+            "disagg.router.trial",
             "disagg.router.upstream",
             "disagg.security.keys",
             "disagg.security.registry",

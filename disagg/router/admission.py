@@ -11,7 +11,7 @@ when the engines are through with them, also when the client left long before.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from math import inf
 from typing import Protocol
 
@@ -61,6 +61,12 @@ class Wanting(Protocol):
     @property
     def deadline_at(self) -> float | None:
         """When its client's patience ends."""
+
+    def shut(self) -> Collection[EngineId]:
+        """Engines that are closed to it at the moment, for fear of what it may do to them."""
+
+    def promised(self, engines: Sequence[EngineId]) -> None:
+        """It goes to these engines."""
 
 
 class Promise:
@@ -262,6 +268,9 @@ class Admission:
 
     def _try(self, wanting: Wanting, exclude: Collection[EngineId]) -> Promise | None:
         """A promise, if engines have room. Raises UnknownModelError."""
+        shut = wanting.shut()
+        if shut:
+            exclude = [*exclude, *shut]
         try:
             choice = self._choose(wanting, exclude)
             limit = choice.decode.facts.context_tokens
@@ -271,6 +280,7 @@ class Admission:
                 choice = self._choose(wanting, [*exclude, *self._all_full(wanting, prefill_tokens, decode_tokens)])
         except NoCapacityError:
             return None
+        wanting.promised([e.id for e in (choice.prefill, choice.decode) if e is not None])
         return self._promise(choice, prefill_tokens, decode_tokens)
 
     def _choose(self, wanting: Wanting, exclude: Collection[EngineId]) -> Choice:

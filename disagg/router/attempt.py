@@ -83,6 +83,7 @@ class Attempt:
         whole: the answer is no stream: its first byte comes with its last.
         prompt_bytes: of its body.
         work: bytes that the reader of its prompt had to read until it was through; None before it was sent, and once it is through.
+        broken: the engines that closed a connection in the middle.
         blamed: the engines whose fault its failure is, where that is known.
         lost: the engines that were lost under it.
         on_prefill_answer: called with prefill's whole body when it ended with success.
@@ -95,6 +96,7 @@ class Attempt:
         "_waiter",
         "asked",
         "blamed",
+        "broken",
         "choice",
         "connecting",
         "decode_connection",
@@ -156,6 +158,7 @@ class Attempt:
         self.was_paused = False
         self.work: int | None = None
         self.prompt_bytes = 0
+        self.broken: list[EngineView] = []
         self.blamed: list[EngineId] = []
         self.lost: list[EngineId] = []
         self.request_id = ""
@@ -296,15 +299,16 @@ class Attempt:
             self.connecting.cancel()
             return
         if prefill is not None and prefill.id == engine and self.prefill_connection is not None:
-            self._lose(self.prefill_connection, engine)
+            self._lose(self.prefill_connection, prefill)
             self.prefill_ended(PrefillFailed(error))
         if decode.id == engine and self.decode_connection is not None:
-            self._lose(self.decode_connection, engine)
+            self._lose(self.decode_connection, decode)
             self.decode_ended(DecodeFailed(error))
 
-    def _lose(self, connection: UpstreamConnection, engine: EngineId) -> None:
+    def _lose(self, connection: UpstreamConnection, engine: EngineView) -> None:
         connection.abandon()
-        self.lost.append(engine)
+        self.lost.append(engine.id)
+        self.broken.append(engine)
 
     def client_left(self) -> None:
         """The client closed its connection."""
@@ -395,8 +399,11 @@ class PrefillLeg:
 
     def broken(self, error: EngineError, *, stale: bool) -> None:
         """The connection is gone."""
-        self.attempt.is_stale |= stale
-        self.attempt.prefill_ended(PrefillFailed(error), is_its_fault=not stale)
+        attempt = self.attempt
+        attempt.is_stale |= stale
+        if not attempt.finished and attempt.choice.prefill is not None:
+            attempt.broken.append(attempt.choice.prefill)
+        attempt.prefill_ended(PrefillFailed(error), is_its_fault=not stale)
 
 
 class DecodeLeg:
@@ -441,8 +448,11 @@ class DecodeLeg:
 
     def broken(self, error: EngineError, *, stale: bool) -> None:
         """The connection is gone."""
-        self.attempt.is_stale |= stale
-        self.attempt.decode_ended(DecodeFailed(error), is_its_fault=not stale)
+        attempt = self.attempt
+        attempt.is_stale |= stale
+        if not attempt.finished:
+            attempt.broken.append(attempt.choice.decode)
+        attempt.decode_ended(DecodeFailed(error), is_its_fault=not stale)
 
     def fail(self, error: EngineError) -> None:
         """The answer is not what was promised: stop reading it. Its rid is aborted, so that the engine stops too."""

@@ -20,20 +20,31 @@ import msgspec
 import structlog
 
 from disagg.errors import DeadlineError, DisaggError, EngineError, EngineRefusedError, EngineTimeoutError, NoCapacityError
-from disagg.model import Choice, ClusterView, EngineAddress, EngineId
+from disagg.model import Choice, ClusterView, EngineAddress, EngineId, EngineView
 from disagg.observe.metrics import RouterMetrics
+from disagg.policy.blame import Ledger
 from disagg.policy.replay import Blame, ReplayBudget, judge
 from disagg.policy.route import pool_of
 from disagg.router.admission import Admission, Promise
 from disagg.router.attempt import Attempt
 from disagg.router.client import Client
 from disagg.router.openai import ClientRequest
-from disagg.router.relay import Job, LegFactory, Relay
+from disagg.router.relay import Job, LegFactory, Relay, Spawn
 from disagg.router.stream import Stream
+from disagg.router.trial import Trial
 
 ASK_LIMIT_S = 5.0
 SAME_AGAIN_S = 1.0
 """How long an engine that failed a request is left alone by it where there is no other one."""
+FATE_S = 0.5
+"""How long it takes at most until it is known that an engine's process has ended."""
+STALE_FATE_S = 0.15
+"""The same, where it looks more like an idle connection that the engine had just closed."""
+SUSPECT_WAIT_S = 60.0
+"""How long a request that was there when an engine died waits until it may be tried where no other such one is."""
+SOLO_S = 0.5
+"""How long such a request has an engine for itself, where nothing is seen of its answer."""
+PROVE_POLL_S = 0.02
 UNSENT_LIMIT = 8
 """Connections that could not be made cost nothing, but this many of them are no accident."""
 
@@ -47,6 +58,9 @@ class Watch(Protocol):
     def served(self, choice: Choice) -> None:
         """An answer came to its end as it should."""
 
+    def refused(self, engine: EngineId) -> None:
+        """An engine should be looked at now."""
+
 
 class Owner:
     """Owns requests.
@@ -54,6 +68,7 @@ class Owner:
     Args:
         watch: told how attempts ended.
         queue_s: how long a request waits for engines.
+        spawn: runs a coroutine as a named task that somebody owns.
     """
 
     def __init__(
@@ -65,6 +80,7 @@ class Owner:
         view: Callable[[], ClusterView],
         metrics: RouterMetrics,
         queue_s: float,
+        spawn: Spawn,
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         self._relay = relay
@@ -74,6 +90,8 @@ class Owner:
         self._metrics = metrics
         self._queue_s = queue_s
         self._budget = ReplayBudget()
+        self._crashes = Ledger()
+        self._spawn = spawn
         self._log = log
         self._waiting: set[asyncio.Future[None]] = set()
 
@@ -96,6 +114,9 @@ class Owner:
     def changed(self) -> None:
         """Engines came, went or reported: those who wait look anew."""
         self._admission.changed()
+        self._wake()
+
+    def _wake(self) -> None:
         for waiter in self._waiting:
             if not waiter.done():
                 waiter.set_result(None)
@@ -112,25 +133,35 @@ class Owner:
             DisaggError: what the client is to be told.
         """
         run = _Run(job, stream)
+        trial = job.trial = Trial(self._crashes, hash(job.rest), self._relay.clock, self._room)
         try:
             while True:
+                trial.check()
+                trial.begin()
                 attempt = await self._attempt(run, leg, client)
                 if attempt.error is None:
                     self._watch.served(attempt.choice)
+                    trial.prove()
                     return attempt
                 if await self._is_over(run, attempt, client):
                     return attempt
         finally:
+            trial.end()
             for _ in range(run.replays):
                 self._budget.give_back()
 
     async def _attempt(self, run: _Run, leg: LegFactory, client: Client) -> Attempt:
         job = run.job
         attempt = self._relay.attempt(job, await self._engines(run))
+        trial = job.trial
+        assert trial is not None
+        proof = self._spawn(self._on_trial(trial, run.stream), "trial of a suspect") if trial.is_suspect else None
         try:
             await self._relay.send(attempt, job, leg)
             await self._relay.outcome(attempt, client)
         finally:
+            if proof is not None:
+                proof.cancel()
             attempt.client_left()  # does nothing once the attempt is final; a cancelled handler ends up here
         return attempt
 
@@ -145,6 +176,7 @@ class Owner:
         run.failed(attempt, self._relay.clock())
         if not self._judge(attempt, error):
             raise error
+        await self._mourn(run, attempt)
         if attempt.sent:
             self._take_from_budget(run, error)
         else:
@@ -178,6 +210,44 @@ class Owner:
             self._log.warning("a request is not made again", request=run.job.record.request_id, why=why)
             raise error
         run.replays += 1
+
+    # --- engines that died
+
+    async def _mourn(self, run: _Run, attempt: Attempt) -> None:
+        """Finds out whether an engine died under this attempt: then the request is a suspect before it goes to another."""
+        trial, stream = run.job.trial, run.stream
+        assert trial is not None
+        for engine in attempt.broken:
+            if await self._is_dead(engine, STALE_FATE_S if attempt.is_stale else FATE_S):
+                trial.engine_died(engine.id, stream.journal.events if stream is not None else 0)
+        trial.end()
+        trial.check()
+
+    async def _is_dead(self, engine: EngineView, limit_s: float) -> bool:
+        """Whether its process has ended. Known within some 100 ms: its agent reports it, or it refuses to be connected."""
+        until = self._relay.clock() + limit_s
+        self._watch.refused(engine.id)
+        while not self._view().has_died(engine):
+            left_s = until - self._relay.clock()
+            if left_s <= 0:
+                return False
+            await self._change(left_s)
+        return True
+
+    def _room(self) -> None:
+        """Engines are open again that were closed to some."""
+        self._wake()
+        self._admission.look_soon()
+
+    async def _on_trial(self, trial: Trial, stream: Stream | None) -> None:
+        """Proves a suspect that its engine has survived: a stream by its tokens, an answer of which nothing is seen by time."""
+        if stream is None:
+            await asyncio.sleep(SOLO_S)
+        else:
+            while stream.journal.events <= trial.past:  # the hot path sets no event
+                await asyncio.sleep(PROVE_POLL_S)
+                stream.journal.fold()
+        trial.prove()
 
     # --- streams that go on
 
@@ -219,21 +289,27 @@ class Owner:
         Raises:
             UnknownModelError, NoCapacityError, ShareError, DeadlineError: there are none in time.
         """
-        exclude = await self._until_possible(run) if run.avoid else ()
+        trial = run.job.trial
+        assert trial is not None
+        exclude = await self._until_possible(run) if run.avoid or trial.shut() else ()
         return await self._admission.enter(run.job, exclude, again=run.last_error is not None)
 
     async def _until_possible(self, run: _Run) -> Collection[EngineId]:
         """Waits until there is an engine that did not fail this request, or not just now. Returns those that are not to be asked."""
         clock = self._relay.clock
-        until = clock() + self._queue_s
+        trial = run.job.trial
+        assert trial is not None
+        until = clock() + (SUSPECT_WAIT_S if trial.is_suspect else self._queue_s)
         while True:
-            view, now = self._view(), clock()
+            view, now, shut = self._view(), clock(), trial.shut()
             for exclude in run.excluded(view, now):
-                if self._admission.could_serve(run.job, exclude):
+                if self._admission.could_serve(run.job, [*exclude, *shut]):
                     return exclude
             error = run.last_error
-            if error is not None and (now >= until or run.others_only or not view.may_serve(run.job.request.model)):
+            if error is not None and (now >= until or (run.others_only and not shut) or not view.may_serve(run.job.request.model)):
                 raise error
+            if error is None and now >= until:
+                return ()
             if run.job.deadline_at is not None and now >= run.job.deadline_at:
                 raise DeadlineError("the request's own deadline passed while it waited for engines")
             await self._change(min(run.until(until, now), run.job.deadline_at or until) - now)

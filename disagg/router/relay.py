@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from disagg.errors import ClientGoneError, EngineError, EngineTimeoutError, NoCapacityError
@@ -22,6 +22,7 @@ from disagg.router.attempt import Attempt, DecodeLeg, refusal
 from disagg.router.client import Client
 from disagg.router.legs import WholeLeg
 from disagg.router.openai import MAX_SAMPLES, ClientRequest, Route, key_prefix, parse_request
+from disagg.router.trial import Trial
 from disagg.router.upstream import Upstream, UpstreamConnection, unframe
 
 SWEEP_S = 0.1
@@ -61,6 +62,7 @@ class Job:
         sample: which of the request's samples this is.
         deadline_at: when the client's patience ends; None without a limit.
         record: where its attempts are noted.
+        trial: looks that it kills no engine twice; None for the router's own requests.
         user: whose it is, opaque.
         priority: larger is more important.
 
@@ -68,7 +70,7 @@ class Job:
         attempts: how many were made so far.
     """
 
-    __slots__ = ("attempts", "deadline_at", "priority", "record", "request", "rest", "sample", "user")
+    __slots__ = ("attempts", "deadline_at", "priority", "record", "request", "rest", "sample", "trial", "user")
 
     def __init__(
         self,
@@ -89,6 +91,16 @@ class Job:
         self.deadline_at = deadline_at
         self.record = record
         self.attempts = 0
+        self.trial: Trial | None = None
+
+    def shut(self) -> Collection[EngineId]:
+        """Engines that are closed to it at the moment."""
+        return () if self.trial is None else self.trial.shut()
+
+    def promised(self, engines: Sequence[EngineId]) -> None:
+        """It goes to these engines."""
+        if self.trial is not None:
+            self.trial.sent(engines)
 
     @property
     def model(self) -> str:

@@ -20,6 +20,7 @@ from disagg.model import EngineAddress
 from disagg.router.gate import ENGINE_SHARE
 
 IDLE_LIMIT_S = 3.0  # SGLang's HTTP server closes at 5 s: drop idle connections sooner, so that a request never meets a closing one
+STALE_WITHIN_S = 0.05  # an idle connection that the engine has closed says so within a round trip; later it is the engine that fails
 HEAD_LIMIT = 64 * 1024
 FRAME_LIMIT = 16 * 1024 * 1024
 CHUNK_LINE_LIMIT = 20
@@ -51,7 +52,7 @@ class Leg(Protocol):
         """The response is complete; the connection is back in its pool."""
 
     def broken(self, error: EngineError, *, stale: bool) -> None:
-        """The connection is gone. `stale`: it was reused and died before any byte came, as an idle one does that the engine just closed."""
+        """The connection is gone. `stale`: it was reused and died at once, as an idle one does that the engine just closed."""
 
 
 class UpstreamConnection(asyncio.Protocol):
@@ -69,6 +70,7 @@ class UpstreamConnection(asyncio.Protocol):
         "leg",
         "reused",
         "saw_bytes",
+        "sent_at",
         "transport",
     )
 
@@ -78,6 +80,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.idle_since = 0.0
         self.reused = False
         self.saw_bytes = False
+        self.sent_at = 0.0
         self.closed = False
         self._upstream = upstream
         self._phase = _IDLE
@@ -98,6 +101,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.leg = leg
         self._phase = _HEAD
         self.saw_bytes = False
+        self.sent_at = self._upstream.clock()
         if self.closed:  # the engine closed it while the other leg's connection was being made
             self.reused = True
             self._upstream.soon(self.connection_lost, None)
@@ -140,7 +144,7 @@ class UpstreamConnection(asyncio.Protocol):
             leg.ended()
             return
         why = "closed the connection before its answer was complete" if exc is None else f"broke the connection ({exc})"
-        stale = self.reused and not self.saw_bytes
+        stale = self.reused and not self.saw_bytes and self._upstream.clock() - self.sent_at < STALE_WITHIN_S
         leg.broken(EngineError(f"the engine {self._upstream.address.id} {why}"), stale=stale)
 
     def data_received(self, data: bytes) -> None:
@@ -284,11 +288,11 @@ class Upstream:
     Connections are reused last in, first out, so that a pool shrinks to what the load needs.
     """
 
-    __slots__ = ("_clock", "_heads", "_idle", "_loop", "_open", "address")
+    __slots__ = ("_heads", "_idle", "_loop", "_open", "address", "clock")
 
     def __init__(self, address: EngineAddress, loop: asyncio.AbstractEventLoop, clock: Callable[[], float]) -> None:
         self.address = address
-        self._clock = clock
+        self.clock = clock
         self._loop = loop
         self._heads: dict[str, bytes] = {}
         self._idle: list[UpstreamConnection] = []
@@ -309,7 +313,7 @@ class Upstream:
 
     def take(self) -> UpstreamConnection | None:
         """An idle connection, or None when a new one must be made."""
-        oldest = self._clock() - IDLE_LIMIT_S
+        oldest = self.clock() - IDLE_LIMIT_S
         while self._idle:
             connection = self._idle.pop()
             if connection.closed or connection.idle_since < oldest:
@@ -349,7 +353,7 @@ class Upstream:
 
     def give_back(self, connection: UpstreamConnection) -> None:
         """Takes a connection back after a complete exchange, or one that was not used."""
-        connection.idle_since = self._clock()
+        connection.idle_since = self.clock()
         self._idle.append(connection)
 
     def forget(self, connection: UpstreamConnection) -> None:
@@ -360,7 +364,7 @@ class Upstream:
 
     def prune(self) -> None:
         """Closes connections that were idle for too long."""
-        oldest = self._clock() - IDLE_LIMIT_S
+        oldest = self.clock() - IDLE_LIMIT_S
         while self._idle and self._idle[0].idle_since < oldest:
             self._idle.pop(0).abandon()
 

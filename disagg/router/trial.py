@@ -1,0 +1,87 @@
+"""One request before the ledger of those that kill engines: where it may go, when it is proved innocent, when it is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+from disagg.errors import CrashedError
+from disagg.model import EngineId
+from disagg.policy.blame import Ledger
+
+PATIENCE_S = 2.0
+"""For how long suspects and newcomers keep away from each other; suspects from one another always."""
+
+
+class Trial:
+    """What the ledger is told of one request.
+
+    Args:
+        ledger: of all requests.
+        fingerprint: of the body, keyed.
+        clock: monotonic seconds.
+        on_room: called when engines are open again that were closed to others.
+    """
+
+    __slots__ = ("_began_at", "_clock", "_engines", "_ledger", "_on_room", "fingerprint")
+
+    def __init__(self, ledger: Ledger, fingerprint: int, clock: Callable[[], float], on_room: Callable[[], None]) -> None:
+        self.fingerprint = fingerprint
+        self._ledger = ledger
+        self._clock = clock
+        self._on_room = on_room
+        self._began_at = 0.0
+        self._engines: Sequence[EngineId] = ()
+
+    @property
+    def is_suspect(self) -> bool:
+        """It was there when an engine died."""
+        return self._ledger.is_suspect(self.fingerprint, self._clock())
+
+    @property
+    def past(self) -> int:
+        """It is proved when it has given more tokens than these."""
+        return self._ledger.past(self.fingerprint)
+
+    def check(self) -> None:
+        """Raises CrashedError: it killed engines."""
+        left_s = self._ledger.blocked(self.fingerprint, self._clock())
+        if left_s:
+            sentence = f"engines died while they worked on this very request, so it is not tried again for {left_s:.0f} s"
+            raise CrashedError(sentence)
+
+    def begin(self) -> None:
+        """It looks for engines from now on."""
+        self._began_at = self._clock()
+
+    def shut(self) -> Collection[EngineId]:
+        """Engines that are closed to it at the moment."""
+        now = self._clock()
+        return self._ledger.shut(self.fingerprint, now, patient=now - self._began_at < PATIENCE_S)
+
+    def sent(self, engines: Sequence[EngineId]) -> None:
+        """It goes to these engines."""
+        self._engines = engines
+        self._ledger.sent(self.fingerprint, engines)
+
+    def prove(self) -> None:
+        """It came further than where its engine had died, or to its end."""
+        engines, self._engines = self._engines, ()
+        if engines:
+            self._ledger.proved(self.fingerprint, engines)
+            self._on_room()
+
+    def end(self) -> None:
+        """It runs there no longer, which proves nothing."""
+        engines, self._engines = self._engines, ()
+        if engines:
+            self._ledger.ended(self.fingerprint, engines)
+            self._on_room()
+
+    def engine_died(self, engine: EngineId, tokens: int) -> None:
+        """The process died under it.
+
+        Args:
+            engine: whose.
+            tokens: that it had been seen to give.
+        """
+        self._ledger.died(engine, {self.fingerprint: tokens}, self._clock())

@@ -1,0 +1,91 @@
+"""A request that makes engines die: it is found out at the second death, and nobody else loses anything."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from disagg.model import Role
+from disagg.policy.blame import Ledger
+from tests.fake_engine import Call, FakeEngine, answer_well, until
+from tests.router.conftest import CHAT, Rig, running_rig
+from tests.router.test_lost import nothing_left
+
+INNOCENTS = 40
+POISON = {**CHAT, "messages": [{"role": "user", "content": "the marker that kills"}]}
+
+
+class Ward:
+    """Engines that die of the marker, with all that they work on."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.deaths = 0
+        self.killing: list[asyncio.Future[None]] = []
+        for engine in rig.engines:
+            engine.behave = self.behave
+
+    async def behave(self, call: Call) -> None:
+        await asyncio.sleep(0.05)  # work
+        if b"the marker that kills" in call.raw:
+            await self.kill(call.engine)
+        await answer_well(call)
+
+    async def kill(self, engine: FakeEngine) -> None:
+        self.deaths += 1
+        self.killing.append(asyncio.ensure_future(engine.stop()))  # noqa: TID251  # it ends this very task, too
+        await asyncio.Event().wait()
+
+
+async def status(rig: Rig, body: Any) -> tuple[int, Any]:
+    async with await rig.post(body) as response:
+        return response.status, await response.json()
+
+
+async def flood(rig: Rig, poisons: int = 1) -> tuple[list[tuple[int, Any]], list[tuple[int, Any]]]:
+    """Innocents come at a steady pace, poison in their midst."""
+    bad: list[asyncio.Task[tuple[int, Any]]] = []
+    good: list[asyncio.Task[tuple[int, Any]]] = []
+    async with asyncio.TaskGroup() as group:
+        for i in range(INNOCENTS):
+            body = {**CHAT, "messages": [{"role": "user", "content": f"an innocent, number {i}"}]}
+            good.append(group.create_task(status(rig, body)))
+            if i in range(10, 10 + poisons):
+                bad.append(group.create_task(status(rig, POISON)))
+            await asyncio.sleep(0.01)
+    return [t.result() for t in good], [t.result() for t in bad]
+
+
+async def test_poison_kills_two_engines_and_no_innocent_is_lost() -> None:
+    async with running_rig(*[Role.UNIFIED] * 5) as rig:
+        ward = Ward(rig)
+        good, bad = await flood(rig)
+        assert [code for code, _ in good] == [200] * INNOCENTS
+        assert [(code, answer["error"]["code"]) for code, answer in bad] == [(500, "request_crashed_engine")]
+        assert ward.deaths == 2
+        again = await status(rig, POISON)
+        assert (again[0], ward.deaths) == (500, 2), "it is refused at the door"
+        await nothing_left(rig)
+
+
+async def test_without_the_ledger_it_kills_as_many_as_it_may_be_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ledger, "_strike", lambda *_: False)
+    async with running_rig(*[Role.UNIFIED] * 5) as rig:
+        ward = Ward(rig)
+        _, bad = await flood(rig)
+        assert bad[0][0] >= 500
+        assert ward.deaths == 3
+
+
+async def test_who_was_there_when_an_engine_was_killed_is_no_poison() -> None:
+    async with running_rig(*[Role.UNIFIED] * 3) as rig:
+        ward = Ward(rig)
+        asking = [asyncio.ensure_future(status(rig, CHAT | {"user": str(i)})) for i in range(6)]  # noqa: TID251
+        await until(lambda: all(e.live for e in rig.engines))
+        killing = asyncio.ensure_future(ward.kill(rig.engines[0]))  # noqa: TID251
+        answers = await asyncio.gather(*asking)
+        assert [code for code, _ in answers] == [200] * 6
+        killing.cancel()
+        await nothing_left(rig)
