@@ -215,10 +215,12 @@ def _outside_strings(text: bytes, drop: bytes) -> Iterator[bytes]:
     """
     inside, carry = 0, b""
     for at in range(0, len(text), _PIECE):
-        piece = (carry + text[at : at + _PIECE]).replace(b"\\\\", b"")
-        carry = b"\\" if piece.endswith(b"\\") else b""
-        piece = piece[: len(piece) - len(carry)].replace(b'\\"', b"").translate(None, drop).replace(b'""', b"")
-        parts = piece.split(b'"')
+        piece = carry + text[at : at + _PIECE]
+        if b"\\" in piece:
+            piece = piece.replace(b"\\\\", b"")
+            carry = b"\\" if piece.endswith(b"\\") else b""
+            piece = piece[: len(piece) - len(carry)].replace(b'\\"', b"")
+        parts = piece.translate(None, drop).replace(b'""', b"").split(b'"')
         yield b"".join(parts[inside::2])
         inside ^= ~len(parts) & 1
 
