@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import structlog
 from aiohttp import http_parser, web
+from aiohttp.http_parser import RawRequestMessage
 
 from disagg.errors import BodyTooLargeError, RequestError, SlowRequestError, StartError
 from disagg.router.gate import CHUNKS_LIMIT, HEAD_LIMIT_S, Gate, body_due_s
@@ -122,10 +123,19 @@ class Connection(web.RequestHandler):
             if self._head_timer is not None:
                 self._head_timer.cancel()
                 self._head_timer = None
-        elif data and (waiter := self._waiter) is not None and not waiter.done():
+            if self._messages and not isinstance(self._messages[-1][0], RawRequestMessage):
+                self._break_body()
+        elif data:
             self._heard = True
-            if self._head_timer is None:
+            waiter = self._waiter
+            if self._head_timer is None and waiter is not None and not waiter.done():  # it waits for a head, and these are not its end
                 self._head_timer = self._loop.call_later(self._server.head_limit_s, self._head_is_late)
+
+    def _break_body(self) -> None:
+        """What came is not HTTP. aiohttp keeps that for the next request, but whoever waits for the rest of a body waits in vain."""
+        request = self._current_request
+        if request is not None and not request.content.is_eof():
+            request.content.set_exception(web.RequestPayloadError("the body is not valid HTTP"))
 
     def _head_is_late(self) -> None:
         self._head_timer = None

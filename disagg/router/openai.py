@@ -221,10 +221,12 @@ def _outside_strings(text: bytes, drop: bytes) -> Iterator[bytes]:
     """
     inside, carry = 0, b""
     for at in range(0, len(text), _PIECE):
-        piece = (carry + text[at : at + _PIECE]).replace(b"\\\\", b"")
-        carry = b"\\" if piece.endswith(b"\\") else b""
-        piece = piece[: len(piece) - len(carry)].replace(b'\\"', b"").translate(None, drop).replace(b'""', b"")
-        parts = piece.split(b'"')
+        piece = carry + text[at : at + _PIECE]
+        if b"\\" in piece:
+            piece = piece.replace(b"\\\\", b"")
+            carry = b"\\" if piece.endswith(b"\\") else b""
+            piece = piece[: len(piece) - len(carry)].replace(b'\\"', b"")
+        parts = piece.translate(None, drop).replace(b'""', b"").split(b'"')
         yield b"".join(parts[inside::2])
         inside ^= ~len(parts) & 1
 
@@ -456,7 +458,14 @@ def _failure(event: bytes) -> EngineRefusedError | None:
 
 def error_event(error: DisaggError) -> bytes:
     """The one event that ends a broken stream. ``[DONE]`` never follows it."""
-    return b"data: " + error_body(error) + b"\n\n"
+    return b"data: " + _one_line(error_body(error)) + b"\n\n"
+
+
+def _one_line(text: bytes) -> bytes:
+    """JSON in which nothing ends a line for any reader. JSON itself escapes CR and LF; some readers of events cut at these three, too."""
+    if text.isascii():
+        return text
+    return text.replace(b"\xe2\x80\xa8", b"\\u2028").replace(b"\xe2\x80\xa9", b"\\u2029").replace(b"\xc2\x85", b"\\u0085")
 
 
 def parse_event(event: bytes) -> dict[str, Any] | None:
@@ -479,7 +488,7 @@ def parse_event(event: bytes) -> dict[str, Any] | None:
 
 def encode_event(value: Mapping[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+    return b"data: " + _one_line(msgspec.json.encode(value)) + b"\n\n"
 
 
 def models_body(models: Mapping[str, int], *, created: int) -> bytes:

@@ -340,7 +340,7 @@ class Upstream:
             if error.errno in {errno.EMFILE, errno.ENFILE}:
                 raise _no_files_left() from error
             raise EngineError(f"the engine {address.id} at {address.url} refused the connection") from error
-        if connection.file >= _files_for_engines():
+        if not connection.closed and connection.file >= _files_for_engines():
             connection.abandon()
             raise _no_files_left()
         if not connection.closed:

@@ -184,3 +184,19 @@ def test_a_router_serves_and_ends_though_nobody_reads_what_it_says(tmp_path: Pat
     finally:
         status = end(process)
     assert status == 0, "it drains and ends, too"
+
+
+@pytest.mark.parametrize("without", [True, False])
+def test_a_router_does_not_start_without_the_strict_parser(tmp_path: Path, without: bool) -> None:
+    command = [sys.executable, "-m", "disagg", "serve", "--role", "router", "--state-dir", str(tmp_path / "state")]
+    for flag, port in (("--http", free_port()), ("--admin", free_port()), ("--control", 0)):
+        command += [flag, f"127.0.0.1:{port}"]
+    environ = {**os.environ, "AIOHTTP_NO_EXTENSIONS": "1"} if without else dict(os.environ)
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)
+    if not without:
+        assert process.stdout is not None
+        assert any(line.startswith("Started") for line in process.stdout)
+        process.terminate()
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == int(without)
+    assert (said.count("\n"), "C parser" in said) == ((1, True) if without else (0, False)), said

@@ -55,16 +55,20 @@ async def exchange(url: str, *data: bytes, limit_s: float = LIMIT_S) -> bytes:
     """Sends bytes, piece by piece, and reads until the router closes."""
     host, _, port = url.removeprefix("http://").rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
-    got = b""
+    got: list[bytes] = []
+
+    async def read() -> None:
+        with contextlib.suppress(ConnectionError):
+            while piece := await reader.read(65536):
+                got.append(piece)
+
     try:
-        async with asyncio.timeout(limit_s):
+        async with asyncio.timeout(limit_s), asyncio.TaskGroup() as group:
+            group.create_task(read())
             with contextlib.suppress(ConnectionError):
                 for piece in data:
                     writer.write(piece)
                     await writer.drain()
-            with contextlib.suppress(ConnectionError):
-                while piece := await reader.read(65536):
-                    got += piece
     finally:
         writer.transport.abort()
-    return got
+    return b"".join(got)
