@@ -112,6 +112,9 @@ class FakeEngine:
         aborted: every rid that was aborted, in order.
         live: generation requests that have not ended.
         abort_ends: whether an abort cancels what the call is doing, as a healthy engine does.
+        knows: answers /v1/tokenize and /v1/detokenize: path and body in, body out; None for an engine that does not know them.
+        asked: the paths of such questions, in order.
+        stream_token_ids: what it says of itself to a prober.
     """
 
     def __init__(self, role: Role, number: int, model: str) -> None:
@@ -124,6 +127,10 @@ class FakeEngine:
         self.live: set[asyncio.Task[Any]] = set()
         self.abort_ends = True
         self.connections = 0
+        self.knows: Callable[[str, Any], Any] | None = None
+        self.asked: list[str] = []
+        self.stream_token_ids = False
+        self.tell: Callable[[web.Request], Awaitable[web.StreamResponse]] = self._tell
         self.port = 0
         self._runner: web.AppRunner | None = None
 
@@ -138,6 +145,8 @@ class FakeEngine:
         for path in ("/generate", "/v1/chat/completions", "/v1/completions"):
             app.router.add_post(path, self._generate)
         app.router.add_post("/abort_request", self._abort)
+        for path in ("/v1/tokenize", "/v1/detokenize"):
+            app.router.add_post(path, self._told)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/server_info", self._info)
         app.router.add_get("/v1/loads", self._loads)
@@ -183,12 +192,23 @@ class FakeEngine:
                 call.aborted.set()
         return web.Response()
 
+    async def _told(self, request: web.Request) -> web.StreamResponse:
+        return await self.tell(request)
+
+    async def _tell(self, request: web.Request) -> web.StreamResponse:
+        self.asked.append(request.path)
+        if self.knows is None:
+            return web.json_response({"message": "not found"}, status=404)
+        return web.json_response(self.knows(request.path, await request.json()))
+
     async def _models(self, _request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": self.model, "max_model_len": 8192}]})
 
     async def _info(self, _request: web.Request) -> web.Response:
         mode = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.UNIFIED: "null"}[self.role]
-        return web.json_response({"internal_states": [{"disaggregation_mode": mode}], "page_size": 16})
+        return web.json_response(
+            {"internal_states": [{"disaggregation_mode": mode}], "page_size": 16, "stream_token_ids": self.stream_token_ids}
+        )
 
     async def _loads(self, _request: web.Request) -> web.Response:
         load = {"num_running_reqs": len(self.live), "num_waiting_reqs": 0, "num_used_tokens": 0, "max_total_num_tokens": 16384}

@@ -38,7 +38,7 @@ def body_of(route: Route, *, limit: int | None = 24, stop: Any = None, prompt: s
         return {"text": prompt, "stream": True, "sampling_params": {**sampling, **({} if limit is None else {"max_new_tokens": limit})}}
     told = {} if limit is None else {"max_tokens": limit}
     asked = {"messages": [{"role": "user", "content": prompt}]} if route is CHAT else {"prompt": prompt}
-    return {"model": "m", **asked, **sampling, **told, "stream": True, "stream_options": {"include_usage": True}}
+    return {"model": "fake", **asked, **sampling, **told, "stream": True, "stream_options": {"include_usage": True}}
 
 
 def ran(running: Coroutine[Any, Any, Any]) -> Any:
@@ -565,7 +565,7 @@ def test_a_chunk_without_choices_that_tells_no_usage_is_not_the_end() -> None:
 def test_a_chats_prompt_is_asked_for_with_what_its_template_reads_and_nothing_else() -> None:
     """SGLang reads `add_generation_prompt` in /v1/tokenize, but not in a chat; and it refuses null where its schema has a default."""
     fields = {
-        "model": "m",
+        "model": "fake",
         "messages": [{"role": "user", "content": "a"}],
         "tools": [{"type": "function"}],
         "tool_choice": "none",
