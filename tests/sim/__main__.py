@@ -2,6 +2,8 @@
 
 ./scripts/simulate --seeds 1..300 --minutes 2      many seeds
 ./scripts/simulate --seed 42 --minutes 2 --trace   one of them again, everything that happened on standard output
+./scripts/simulate --seed 1 --story cuts:10000     streams that are cut, at each token index in turn
+./scripts/simulate --seed 1 --story leavings:10000 clients that leave
 """
 
 from __future__ import annotations
@@ -12,14 +14,15 @@ import time
 from collections import Counter
 from typing import TextIO
 
+from tests.sim import scenarios
 from tests.sim.faults import KINDS
-from tests.sim.world import Plan, Result, simulate
+from tests.sim.world import Plan, Result, Script, simulate
 
 
 def main() -> int:
     options = read_options()
     if options.trace:
-        result = simulate(plan_of(options.seed, options), on_line=sys.stdout.write)
+        result = simulate(plan_of(options.seed, options), on_line=sys.stdout.write, script=options.story)
         tell(result, sys.stderr)
         return bool(result.found)
     return run_all(range(options.seed, options.seed + 1) if options.seed is not None else options.seeds, options)
@@ -34,6 +37,9 @@ def read_options() -> argparse.Namespace:
     kinds = ", ".join(kind.name for kind in KINDS)
     parser.add_argument("--faults", default="", help=f"kinds, with commas between; all if not given; none for none. There is: {kinds}")
     parser.add_argument("--gap", type=float, default=10.0, help="simulated seconds between two faults, on average")
+    parser.add_argument("--at-once", type=int, default=1, help="how many faults may be there at the same time")
+    parser.add_argument("--tokens", type=int, default=16384, help="of KV in each engine")
+    parser.add_argument("--story", type=story, metavar="NAME:COUNT", help="in place of random load and faults: cuts, leavings")
     parser.add_argument("--trace", action="store_true", help="print everything that happens; wants --seed")
     options = parser.parse_args()
     if options.trace and options.seed is None:
@@ -49,16 +55,29 @@ def span(text: str) -> range:
     return range(int(first), int(last or first) + 1)
 
 
+def story(text: str) -> Script:
+    name, _, count = text.partition(":")
+    return (scenarios.cuts if name == "cuts" else scenarios.leavings)(int(count or 1000))
+
+
 def plan_of(seed: int, options: argparse.Namespace) -> Plan:
     faults = tuple(filter(None, options.faults.split(",")))
-    return Plan(seed, load_s=options.minutes * 60.0, rate=options.rate, faults=faults, gap_s=options.gap)
+    return Plan(
+        seed,
+        load_s=options.minutes * 60.0,
+        rate=options.rate,
+        faults=faults,
+        gap_s=options.gap,
+        at_once=options.at_once,
+        tokens=options.tokens,
+    )
 
 
 def run_all(seeds: range, options: argparse.Namespace) -> int:
     began, bad, simulated_s, cpu_s = time.monotonic(), 0, 0.0, 0.0
     outcomes: Counter[str] = Counter()
     for number, seed in enumerate(seeds, 1):
-        result = simulate(plan_of(seed, options))
+        result = simulate(plan_of(seed, options), script=options.story)
         simulated_s += result.simulated_s
         cpu_s += result.cpu_s
         outcomes.update(result.outcomes)

@@ -182,6 +182,8 @@ class AgentCrash(Fault):
     name = "agent crash"
 
     async def begin(self) -> str | None:
+        if self.world.agents[self.machine.name][0].dead:
+            return None
         await self.world.kill_agent(self.machine.name)
         return self.machine.name
 
@@ -235,6 +237,8 @@ class PowerLoss(Fault):
 
     async def begin(self) -> str | None:
         machine = self.machine
+        if self.world.agents[machine.name][0].dead:
+            return None
         self.world.network.power(machine.ip, on=False)
         for engine in machine.live():
             machine.kill(engine.process.number, quiet=True)
@@ -261,6 +265,8 @@ class RouterCrash(Fault):
     longest_s = 2.0
 
     async def begin(self) -> str | None:
+        if self.world.router_process.dead:
+            return None
         await self.world.kill_router()
         return "the router"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 
 from disagg.cluster import controller
 from disagg.model import HostState
-from tests.sim import engine, oracle, scenarios
+from tests.sim import engine, oracle, scenarios, words
 from tests.sim.world import DEFECTS, Plan, Result, simulate
 
 SEEDS = range(1, 9)
@@ -38,9 +39,9 @@ def test_without_faults_every_request_is_answered() -> None:
 
 
 def test_a_seed_replays_identically() -> None:
-    first, second = simulate(Plan(3), keep=True), simulate(Plan(3), keep=True)
+    first, second, other = (simulate(Plan(seed, load_s=20.0, gap_s=3.0), keep=True) for seed in (3, 3, 4))
     assert first.lines == second.lines
-    assert first.trace == second.trace != simulate(Plan(4)).trace
+    assert first.trace == second.trace != other.trace
 
 
 def test_a_seed_replays_identically_in_another_process() -> None:
@@ -87,6 +88,20 @@ def test_the_oracle_sees_writes_into_pages_that_were_given_back(
     monkeypatch.setattr(engine, "RELEASE_S", release_s)
     result = simulate(Plan(1), script=scenarios.leavings(100, tokens=90, within_s=0.04))
     assert {found.clause for found in result.found} == expected
+
+
+# --- the model
+
+
+def test_an_answer_that_is_cut_anywhere_has_one_right_rest() -> None:
+    chance = random.Random(1)
+    for _ in range(50):
+        prompt = [chance.randrange(words.VOCABULARY) for _ in range(chance.randrange(90))]
+        whole, finish = words.answer(prompt, 60)
+        assert words.ids_of(words.text_of(whole)) == whole
+        for cut in range(len(whole)):
+            rest, end = words.answer([*prompt, *whole[:cut]], 60 - cut)
+            assert (whole[:cut] + rest, end) == (whole, finish)
 
 
 # --- stories

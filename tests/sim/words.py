@@ -5,6 +5,8 @@ The next token is a function of all ids so far, so what continues a cut answer f
 
 from __future__ import annotations
 
+import re
+import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,13 +14,13 @@ from typing import Any
 VOCABULARY = 50_000
 END_ONE_IN = 97
 MODEL = "sim"
+_OWN = re.compile(r"(?:w[0-9]{1,9}(?: +|\Z))*")
 
 
 def state_of(ids: Iterable[int], state: int = 0) -> int:
     """The model's state after these ids."""
-    for token in ids:
-        state = zlib.crc32(token.to_bytes(4, "big"), state)
-    return state
+    tokens = tuple(ids)
+    return zlib.crc32(struct.pack(f">{len(tokens)}I", *tokens), state)
 
 
 def next_token(state: int) -> int | None:
@@ -48,12 +50,14 @@ def text_of(ids: Iterable[int]) -> str:
 
 def ids_of(text: str) -> list[int]:
     """The inverse; other words have ids beyond the vocabulary."""
+    if _OWN.fullmatch(text):
+        return [int(digits) for digits in text.replace("w", "").split()]
     return [_id_of(word) for word in text.split()]
 
 
 def _id_of(word: str) -> int:
-    if word[:1] == "w" and word[1:].isdigit():
-        return int(word[1:]) % (2 * VOCABULARY)
+    if _OWN.fullmatch(word):
+        return int(word[1:])
     return VOCABULARY + zlib.crc32(word.encode()) % VOCABULARY
 
 

@@ -40,6 +40,7 @@ HTTP, ADMIN, CONTROL = 8000, 8001, 7400
 SETTLE_S = 10.0
 ORPHAN_S = 1.5
 """How long an engine may work on for a client who left: the bound is 1 s, and the oracle looks now and then."""
+ASKS_WATCHED = 300
 CALM_S = 5.0
 """So long after a fault what it has left behind is cleaned up."""
 READY_LIMIT_S = 120.0
@@ -54,6 +55,8 @@ class Plan(msgspec.Struct, frozen=True):
         load_s: how long clients ask; and `rate`, how often, per second.
         faults: which kinds, all of them if empty; "none" for none.
         gap_s: between two faults, on average.
+        at_once: how many faults may be there at the same time.
+        tokens: of KV in each engine.
         defect: a bug planted on purpose, for tests of the oracle; one of `DEFECTS`.
     """
 
@@ -64,6 +67,8 @@ class Plan(msgspec.Struct, frozen=True):
     rate: float = 1.0
     faults: tuple[str, ...] = ()
     gap_s: float = 10.0
+    at_once: int = 1
+    tokens: int = 16384
     defect: str = ""
 
 
@@ -137,6 +142,7 @@ class World:
         self.found: list[Found] = []
         self.held: object = None
         self.calm_since = 0.0
+        self._acting = 0
         self.orphans: list[str] = []
 
     # --- the trace
@@ -254,6 +260,7 @@ class World:
             name = f"{role[0]}{number}"
             ip = self.ips[name] = f"10.0.1.{number + 1}"
             machine = self.machines[name] = Machine(name, ip, self.loop, self.network, self.new_process)
+            machine.tokens = self.plan.tokens
             machine.start_s = self.chance.uniform(0.5, 3.0)
             token = self.router.make_token([role])
             self.plans[name] = self._host_plan(name, ip, role, token)
@@ -316,9 +323,9 @@ class World:
 
     async def _hurt_and_ask(self) -> None:
         asking = self.start(self.clients, self._ask_on())
-        faulty = self.loop.create_task(self._hurt(), name="faults")
+        hurting = [self.loop.create_task(self._hurt(number), name="faults") for number in range(self.plan.at_once)]
         await asyncio.wait({asking}, timeout=self.plan.load_s + LIMIT_S + READY_LIMIT_S)
-        await faulty
+        await asyncio.gather(*hurting)
 
     async def _watch_orphans(self) -> None:
         """Looks whether an engine works for a client who left, while nothing is broken that would explain it."""
@@ -327,7 +334,8 @@ class World:
             now = self.loop.time()
             if now - self.calm_since < CALM_S:
                 continue
-            gone = {ask.ids(): ask for ask in self.asks if ask.outcome == "left" and ORPHAN_S < now - ask.ended_at < LIMIT_S}
+            lately = self.asks[-ASKS_WATCHED:]
+            gone = {ask.ids(): ask for ask in lately if ask.outcome == "left" and ORPHAN_S < now - ask.ended_at < SETTLE_S}
             for engine in self.engines() if gone else ():
                 self.orphans += [f"request {gone[tuple(x.prompt)].number} on {engine.name}" for x in engine.legs if tuple(x.prompt) in gone]
 
@@ -356,14 +364,16 @@ class World:
         await client.send(ask, self.loop, ROUTER_IP, HTTP)
         self.note("answer", ask.number, ask.outcome, ask.pieces, ask.why)
 
-    async def _hurt(self) -> None:
-        for fault in schedule(self, random.Random(f"faults {self.plan.seed}")):
+    async def _hurt(self, number: int) -> None:
+        for fault in schedule(self, random.Random(f"faults {self.plan.seed} {number}")):
             await asyncio.sleep(fault.after_s)
             if not await self._strike(fault):
                 continue
             await asyncio.sleep(fault.lasts_s)
             await fault.end()
-            self.calm_since = self.loop.time()
+            self._acting -= 1
+            if not self._acting:
+                self.calm_since = self.loop.time()
             self.note("fault ends", fault.name)
 
     async def _strike(self, fault: Fault) -> bool:
@@ -373,6 +383,7 @@ class World:
         self.faults.append(f"{self.loop.time():.3f} {fault.name} {said} for {fault.lasts_s:.2f} s")
         self.note("fault", fault.name, said)
         self.calm_since = float("inf")
+        self._acting += 1
         return True
 
     # --- ends
@@ -511,8 +522,8 @@ def simulate(plan: Plan, *, keep: bool = False, on_line: Callable[[str], object]
     began, cpu = time.perf_counter(), time.process_time()
     shared = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="disagg-sim-", dir=shared if shared.is_dir() else None))
-    was_on = gc.isenabled()
-    gc.disable()
+    was = gc.get_threshold()
+    gc.set_threshold(100_000, 50, 50)  # as production does: most of what lives lives long
     warned = warnings.catch_warnings()
     warned.__enter__()
     warnings.filterwarnings("ignore", "coroutine .* was never awaited")  # who is killed does not get to begin everything
@@ -523,9 +534,8 @@ def simulate(plan: Plan, *, keep: bool = False, on_line: Callable[[str], object]
         result = world.result()
         result.simulated_s = world.loop.time() - started
     finally:
-        if was_on:
-            gc.enable()
-            gc.collect()
+        gc.set_threshold(*was)
+        gc.collect()  # what was killed before it began complains now or never
         warned.__exit__(None, None, None)
         shutil.rmtree(folder, ignore_errors=True)
     result.wall_s, result.cpu_s = time.perf_counter() - began, time.process_time() - cpu
