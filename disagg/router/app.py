@@ -44,6 +44,10 @@ class PublicListener:
     Args:
         body_limit: the largest body, in bytes.
         started_at: Unix seconds; only shown, as the creation time of models.
+
+    Attributes:
+        draining: it is about to end: not ready, and connections end with their answer.
+        refuses: new requests are refused while it drains; not where the next process will accept those who connect from now on.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class PublicListener:
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         self.draining = False
+        self.refuses = True
         self._relay = relay
         self._owner = owner
         self._view = view
@@ -68,9 +73,9 @@ class PublicListener:
         self._started_at = started_at
         self._log = log
 
-    def server(self) -> web.Server:
+    def server(self) -> PublicServer:
         """The protocol factory to listen with."""
-        server = _Server(
+        server = PublicServer(
             self.handle,
             request_factory=self._make_request,
             handler_cancellation=True,
@@ -111,6 +116,8 @@ class PublicListener:
         relay, metrics = self._relay, self._metrics
         client = Client(http, self._ids.request_id())
         record = Record(client.request_id, path, relay.clock())
+        if self.draining:
+            client.must_close()
         relay.remember(record)
         metrics.inflight += 1
         try:
@@ -132,7 +139,7 @@ class PublicListener:
         return client.finished()
 
     async def _serve(self, http: web.BaseRequest, route: Route, client: Client, record: Record) -> None:
-        if self.draining:
+        if self.draining and self.refuses:
             raise NoCapacityError("this router is shutting down; ask again", retry_after_s=2)
         deadline_at = self._deadline(http, record.started_at)
         request = parse_request(route, await self._body(http, client))
@@ -247,11 +254,18 @@ class _Connection(web.RequestHandler):
 
     __slots__ = ()
 
+    def close_if_idle(self) -> bool:
+        """Closes it where no request is under way; says whether that was so."""
+        if self._waiter is None or self._messages:
+            return False
+        self.close()
+        return True
+
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
         """Called by aiohttp when a request is not HTTP, or when a handler raised."""
-        if status == 500 and isinstance(self._manager, _Server):
+        if status == 500 and isinstance(self._manager, PublicServer):
             self._manager.log.error("a request failed outside of its handler", exc_info=exc)
         sentence = "the request is not valid HTTP/1.1" if status == 400 else "disagg failed on this request"
         response = _error(status, sentence)
@@ -259,10 +273,18 @@ class _Connection(web.RequestHandler):
         return response
 
 
-class _Server(web.Server):
+class PublicServer(web.Server):
+    """aiohttp's server with connections that can be emptied."""
+
     log: structlog.typing.FilteringBoundLogger
 
+    def close_idle(self) -> bool:
+        """Closes the connections on which nothing is under way; says whether that were all."""
+        closed = [c.close_if_idle() for c in self.connections if isinstance(c, _Connection)]
+        return all(closed)
+
     def __call__(self) -> web.RequestHandler:
+        """A client has connected."""
         return _Connection(self, loop=self._loop, **self._kwargs)
 
 

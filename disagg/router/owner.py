@@ -109,6 +109,7 @@ class Owner:
         job = run.job
         choice = await self._engines(run)
         attempt = self._relay.attempt(job, choice)
+        attempt.may_move = run.may_move
         try:
             await self._relay.send(attempt, job, leg)
             await self._relay.outcome(attempt, client)
@@ -127,7 +128,9 @@ class Owner:
         run.failed(attempt, self._relay.clock())
         if not is_replayable(error):
             raise error
-        if attempt.sent:
+        if attempt.moved:
+            pass  # its engine is about to leave in good health: no fault that could multiply
+        elif attempt.sent:
             self._take_from_budget(run, error)
         else:
             run.unsent += 1
@@ -231,6 +234,10 @@ class _Run:
         self.others_only = False
         self.last_error: DisaggError | None = None
 
+    def may_move(self) -> bool:
+        """True when the rest of the answer can be made on other engines."""
+        return self.stream is None or self.stream.may_go_on()
+
     def failed(self, attempt: Attempt, now: float) -> None:
         """An attempt failed: its engines are left alone for a while."""
         self.last_error = attempt.error
@@ -252,6 +259,8 @@ class _Run:
 
 
 def _reason(attempt: Attempt) -> str:
+    if attempt.moved:
+        return "moved"
     if attempt.lost:
         return "engine_lost"
     if not attempt.sent:

@@ -61,6 +61,18 @@ class Stream:
         Raises:
             EngineError: it cannot go on, with the reason.
         """
+        said, fields = self._what_was_said()
+        return await self._continue(said, fields, ask)
+
+    def may_go_on(self) -> bool:
+        """True when nothing that is known here keeps it from going on on another engine."""
+        try:
+            return not self.has_begun or bool(self._what_was_said())
+        except EngineError:
+            return False
+
+    def _what_was_said(self) -> tuple[Said, Mapping[str, Any]]:
+        """Raises EngineError: it cannot go on."""
         try:
             said = self.journal.said()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -72,7 +84,7 @@ class Stream:
             raise EngineError("it holds several samples")
         if reason := why_not(request.route, fields, said):
             raise EngineError(reason)
-        return await self._continue(said, fields, ask)
+        return said, fields
 
     async def _continue(self, said: Said, fields: Mapping[str, Any], ask: Ask) -> tuple[bytes, bytes]:
         route, usage = self._request.route, self._request.include_usage
