@@ -223,8 +223,14 @@ def systemd(
     user: Annotated[str, typer.Option(help="The system user that everything runs as; made if missing.")] = USER,
     root: Annotated[Path, typer.Option("--root", help="Install into this folder as if it were /.")] = Path("/"),
 ) -> None:
-    """Print the systemd units of a host, or install them: a hardened service with a watchdog, and each engine in a unit of its own."""
-    site = Site(_own_executable(), _absolute(config), user, (sys.prefix, sys.base_prefix, str(Path(__file__).parent)))
+    """Print the systemd units of a host, or install them.
+
+    A hardened service with a watchdog, each engine in a unit of its own, and for the router a socket that outlives its restarts: clients
+    wait and are not refused. A router that is started by hand refuses them while it restarts.
+    """
+    known = _load(config) if config.is_file() else Config()
+    reads = (sys.prefix, sys.base_prefix, str(Path(__file__).parent))
+    site = Site(_own_executable(), _absolute(config), user, reads, known.router.http)
     if install:
         from disagg.deploy.install import Installer  # noqa: PLC0415  # only this command needs it
 

@@ -39,7 +39,9 @@ class ClusterSection(msgspec.Struct, frozen=True):
         str, _doc("The address at which other hosts reach this one's engines; empty means that of the route to the router.")
     ] = ""
     heartbeat_interval_s: Annotated[float, _doc("How often hosts report; the router tells them.", ge=0.05, le=0.4)] = 0.25
-    drain_timeout_s: Annotated[_Seconds, _doc("After SIGTERM, or before a flip: how long running requests may take to finish.")] = 30.0
+    drain_timeout_s: Annotated[
+        _Seconds, _doc("After SIGTERM, a drain or before a flip: how long requests may take to finish; then they go on on other engines.")
+    ] = 30.0
 
 
 class RouterSection(msgspec.Struct, frozen=True):

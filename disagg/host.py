@@ -39,6 +39,8 @@ __all__ = ["Host", "HostPlan", "host_running", "make_plan", "serve_host"]
 PROBE_PATIENCE_S = 2.0
 TOKEN_VARIABLE = "DISAGG_TOKEN"  # noqa: S105  # the variable's name
 URGENT_STOP_S = 1.0
+MOVE_S = 15.0
+"""After the drain: how long the router may take to have what still runs go on on other hosts."""
 
 
 class HostPlan(msgspec.Struct, frozen=True):
@@ -79,6 +81,16 @@ class Host:
         self.agent = agent
         self.keepers = keepers
         self.task = task
+
+    async def stop_engines(self, urgent: asyncio.Event, limit_s: float) -> None:
+        """Ends its engines within `limit_s` seconds, or within `URGENT_STOP_S` from the moment that `urgent` is set."""
+        async with owned_tasks() as group:
+            group.create_task(self._stop_at_once(urgent), name="a second signal")
+            await self.agent.stop_engines(URGENT_STOP_S if urgent.is_set() else limit_s)
+
+    async def _stop_at_once(self, urgent: asyncio.Event) -> None:
+        await urgent.wait()
+        await self.agent.stop_engines(URGENT_STOP_S)
 
     def deaths(self, engine: EngineId) -> int:
         """How often an engine of this host died lately."""
@@ -162,7 +174,8 @@ def only_one(folder: Path, otherwise: str) -> Iterator[None]:
     Raises:
         StartError: somebody else holds it; the sentence is `otherwise`.
     """
-    create_private(folder / "lock", b"")  # once: the lock hangs on the file and not on its name
+    if not (folder / "lock").exists():  # a disk that is full, or read-only, keeps nobody from starting again
+        create_private(folder / "lock", b"")  # once: the lock hangs on the file and not on its name
     with (folder / "lock").open("rb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -296,9 +309,9 @@ async def _serve_host(config: Config, role: Role, token: str, say: Say, log: str
         if host.task.done():
             await host.task
         async with stop.watched():
-            await host.agent.drain(config.cluster.drain_timeout_s, stop.urgent)
+            await host.agent.drain(config.cluster.drain_timeout_s, stop.urgent, move_s=0.0 if engines_stay else MOVE_S)
             if not engines_stay:
-                await host.agent.stop_engines(URGENT_STOP_S if stop.urgent.is_set() else config.engine.stop_timeout_s)
+                await host.stop_engines(stop.urgent, config.engine.stop_timeout_s)
         host.agent.leave(engines_stay=engines_stay)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
@@ -17,6 +18,7 @@ import structlog
 from aiohttp import web
 
 from disagg import __version__
+from disagg.activation import place, public_socket
 from disagg.cluster.change import Limits as ChangeLimits
 from disagg.cluster.controller import CHANGES_KEPT, Controller
 from disagg.cluster.examiner import Examiner
@@ -40,6 +42,7 @@ from disagg.policy.pace import Pace
 from disagg.router.admin import admin_app, no_control_plane
 from disagg.router.admission import Admission
 from disagg.router.app import PublicListener
+from disagg.router.connection import Server
 from disagg.router.gate import Gate
 from disagg.router.owner import Owner
 from disagg.router.relay import Relay
@@ -53,9 +56,48 @@ START_POLL_S = 0.02
 DRAIN_POLL_S = 0.02
 CUT_LIMIT_S = 0.5
 """How long the last words to clients may take."""
+ARRIVAL_S = 1.0
+"""How long a client that has connected may take to begin a request, when the router drains. A connection that is closed while a request is
+on its way to it loses that; it is said with the answer that the connection ends."""
+HELD_BACKLOG = 4096
+"""Clients that the kernel keeps while nobody accepts, as far as net.core.somaxconn allows."""
+RETURN_S = 2.0
+"""How long a router that was restarted behind an open socket waits for its engines before it accepts: its first clients must not hear that
+there are none."""
 
 
 # --- the router
+
+
+class Door:
+    """Where clients come in.
+
+    Args:
+        server: accepts them.
+        clients: the connections of those who came.
+        stays_open: systemd holds the socket: who connects while nobody accepts waits for the next process.
+    """
+
+    def __init__(self, server: asyncio.Server, clients: Server, *, stays_open: bool) -> None:
+        self.stays_open = stays_open
+        self._server = server
+        self._clients = clients
+        self._closed_at = 0.0
+
+    async def open(self) -> None:
+        """Begins to accept."""
+        await self._server.start_serving()
+
+    def close(self) -> None:
+        """Accepts nobody any more."""
+        self._server.close()
+        self._closed_at = asyncio.get_running_loop().time()
+
+    def is_empty(self) -> bool:
+        """True when nobody is left. Sends off who has asked for nothing for a while."""
+        if asyncio.get_running_loop().time() - self._closed_at < ARRIVAL_S:
+            return not self._clients.connections
+        return self._clients.close_idle()
 
 
 class Router:
@@ -75,6 +117,8 @@ class Router:
         root: Path | None,
         relay: Relay,
         wall_now: Callable[[], float],
+        door: Door,
+        head: Head | None,
     ) -> None:
         self.config = config
         self.controller = controller
@@ -84,6 +128,21 @@ class Router:
         self._root = root
         self._relay = relay
         self._wall = wall_now
+        self._door = door
+        self._head = head
+
+    async def open(self) -> None:
+        """Accepts clients; behind a socket that others hold open only once its engines are back, at most `RETURN_S` later."""
+        if self._door.stays_open:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RETURN_S):
+                    while not self._is_whole():  # noqa: ASYNC110  # hosts that were there before are known only to the head
+                        await asyncio.sleep(START_POLL_S)
+        await self._door.open()
+
+    def _is_whole(self) -> bool:
+        away = self._head is not None and any(row.state == "away" for row in self._head.hosts())
+        return not away and all(e.state is not EngineState.STARTING for e in self.controller.view.engines)
 
     def make_token(self, roles: Sequence[Role]) -> Token:
         """A token with which one host may join within a minute."""
@@ -94,15 +153,24 @@ class Router:
     async def drain(self, stop: Stop) -> None:
         """Takes no new requests and waits for the running ones, at most ``drain_timeout_s``, or until the second signal."""
         self.listener.draining = True
+        if self._door.stays_open:  # who has connected is served to the end; who connects from now on meets the next process
+            self.listener.refuses = False
+            self._door.close()
+            await asyncio.sleep(DRAIN_POLL_S)  # who was accepted last must have become a connection before they are counted
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.config.cluster.drain_timeout_s):
-                while self.metrics.inflight and not stop.urgent.is_set():  # noqa: ASYNC110  # the hot path sets no event
+                while self._is_busy() and not stop.urgent.is_set():  # noqa: ASYNC110  # the hot path sets no event
                     await asyncio.sleep(DRAIN_POLL_S)
+        self.listener.refuses = True
         self._relay.give_up("this router is shutting down and cannot wait for this answer any longer")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CUT_LIMIT_S):
                 while self.metrics.inflight:  # noqa: ASYNC110  # as above
                     await asyncio.sleep(DRAIN_POLL_S)
+
+    def _is_busy(self) -> bool:
+        gone = self._door.is_empty() if self._door.stays_open else True
+        return bool(self.metrics.inflight) or not gone
 
 
 @contextlib.asynccontextmanager
@@ -119,6 +187,7 @@ async def router_running(
     entropy: Callable[[int], bytes] = os.urandom,
     control_server: type[ControlServer] = ControlServer,
     prober: Prober | None = None,
+    public: socket.socket | None = None,
 ) -> AsyncIterator[Router]:
     """Runs a router as long as the context is open.
 
@@ -134,6 +203,7 @@ async def router_running(
         entropy: returns that many random bytes, for ids.
         control_server: where hosts join.
         prober: asks engines; None for one that asks over HTTP.
+        public: where clients are served, listening already and held open by somebody else; None to listen at ``router.http``.
 
     Raises:
         StartError: an address to listen on is not free, or the state cannot be read.
@@ -226,10 +296,12 @@ async def router_running(
             config,
             admin_app(view=lambda: controller.view, prefixes=controller.prefixes, relay=relay, metrics=metrics, orders=orders),
         )
-        await _listen_public(stack, config, listener)
+        door = await _listen_public(stack, config, listener, public)
         group.create_task(controller.run(), name="controller")
         relay.start()
-        yield Router(config, controller, listener, metrics, control, root, relay, wall_now)
+        router = Router(config, controller, listener, metrics, control, root, relay, wall_now, door, head)
+        await router.open()
+        yield router
 
 
 def _control_plane(
@@ -369,15 +441,20 @@ def _limits(config: Config) -> Limits:
     )
 
 
-async def _listen_public(stack: contextlib.AsyncExitStack, config: Config, listener: PublicListener) -> None:
-    host, port = parse_listen("router.http", config.router.http)
-    factory = listener.server()
-    try:
-        server = await asyncio.get_running_loop().create_server(factory, host, port, backlog=1024)
-    except OSError as error:
-        raise _cannot_listen("--http", config.router.http, error) from error
+async def _listen_public(stack: contextlib.AsyncExitStack, config: Config, listener: PublicListener, public: socket.socket | None) -> Door:
+    loop, factory = asyncio.get_running_loop(), listener.server()
+    if public is not None:
+        server = await loop.create_server(factory, sock=public, backlog=HELD_BACKLOG, start_serving=False)
+    else:
+        host, port = parse_listen("router.http", config.router.http)
+        try:
+            server = await loop.create_server(factory, host, port, backlog=1024, start_serving=False)
+            await server.start_serving()
+        except OSError as error:
+            raise _cannot_listen("--http", config.router.http, error) from error
     stack.push_async_callback(factory.shutdown, 1.0)
     stack.callback(server.close)
+    return Door(server, factory, stays_open=public is not None)
 
 
 async def _listen_admin(stack: contextlib.AsyncExitStack, config: Config, app: web.Application) -> None:
@@ -409,7 +486,10 @@ async def _serve_router(config: Config, say: Say, log: structlog.typing.Filterin
     addresses = engine_addresses(config.router)
     root = state_root(config.security.state_dir or None, os.environ)
     notes: list[str] = []
-    async with router_running(config, addresses, log, root=root, say=notes.append) as router:
+    public = public_socket(os.environ)
+    if public is not None:
+        config = _served_at(place(public), config, log)
+    async with router_running(config, addresses, log, root=root, say=notes.append, public=public) as router:
         router.metrics.log_dropped = lambda: sink.dropped
         for line in (f"disagg {__version__} router", *notes):
             say(line)
@@ -429,6 +509,13 @@ async def _serve_router(config: Config, say: Say, log: structlog.typing.Filterin
         await stop.wait()
         async with stop.watched():
             await router.drain(stop)
+
+
+def _served_at(where: str, config: Config, log: structlog.typing.FilteringBoundLogger) -> Config:
+    if parse_listen("router.http", config.router.http) != parse_listen("the socket unit", where):
+        advice = "run `disagg systemd router --install` again, or change ListenStream= of the socket unit"
+        log.warning("systemd's socket is served and not router.http", socket=where, http=config.router.http, advice=advice)
+    return msgspec.structs.replace(config, router=msgspec.structs.replace(config.router, http=where))
 
 
 def say_listeners(config: Config, say: Say) -> None:
@@ -499,6 +586,7 @@ async def _run_up(config: Config, counts: dict[Role, int], say: Say, log: struct
         await router.drain(stop)
         if host.task.done():
             await host.task
+        await host.stop_engines(stop.urgent, config.engine.stop_timeout_s)
 
 
 def _throw_away(config: Config) -> Config:

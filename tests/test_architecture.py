@@ -111,6 +111,7 @@ ROOMS: dict[str, frozenset[str]] = {
     "DOOR": frozenset(
         {
             "disagg.__main__",
+            "disagg.activation",
             "disagg.ask",
             "disagg.cli",
             "disagg.engines.embedded.__main__",

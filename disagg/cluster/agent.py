@@ -143,6 +143,7 @@ class Agent:
         self._acked_at = 0.0
         self._registered = identity.registered
         self._stopping = ""
+        self._leaving = False
         self._grumbled_at = float("-inf")
         self._tasks: asyncio.TaskGroup | None = None
         self._admitted = asyncio.Event()  # the router took this host, or took it once and cannot be asked now
@@ -160,6 +161,8 @@ class Agent:
         return tuple(self._as_stopping(r) for r in reports)
 
     def _as_stopping(self, report: EngineReport) -> EngineReport:
+        if self._leaving:
+            report = msgspec.structs.replace(report, leaving=True)
         if not self._stopping or report.state is not EngineState.READY:
             return report
         return msgspec.structs.replace(report, state=EngineState.DRAINING, reason=self._stopping)
@@ -200,14 +203,29 @@ class Agent:
         else:
             self._tasks.create_task(work, name=name)
 
-    async def drain(self, limit_s: float, urgent: asyncio.Event, reason: str = "its host stops") -> bool:
+    async def drain(self, limit_s: float, urgent: asyncio.Event, *, move_s: float = 0.0, reason: str = "its host stops") -> bool:
         """Says that no new work may come, and waits until what runs has ended.
 
+        Args:
+            limit_s: for requests to end by themselves.
+            urgent: ends the wait.
+            reason: what the router is told.
+            move_s: from then on, for the router to let them go on on other engines; 0 where the engines stay.
+
         Returns:
-            False when `limit_s` seconds were not enough, or `urgent` was set.
+            False when all that time was not enough, or `urgent` was set.
         """
         self._stopping = reason
         self.changed()
+        if await self._idle_within(limit_s, urgent):
+            return True
+        if not move_s or urgent.is_set():
+            return False
+        self._leaving = True
+        self.changed()
+        return await self._idle_within(move_s, urgent)
+
+    async def _idle_within(self, limit_s: float, urgent: asyncio.Event) -> bool:
         told, heard_at = self._seq + 1, 0.0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):

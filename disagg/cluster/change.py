@@ -1,15 +1,16 @@
 """A change that somebody ordered to one engine, as a state machine: take it out, change it, prove it, put it back.
 
-Theory of operation. Both changes begin with a drain: no new work, and what runs may finish within `drain_s`.
+Theory of operation. Both changes begin with a drain: no new work, and what runs may finish within `drain_s`. What still runs then goes on
+on other engines, where there are any, and the change waits up to `move_s` more for that.
 
     flip     DRAINING ─ idle ─► SWITCHING ─ switched ─► PROVING ─ canary answered ─► DONE, back in service
-                │                   └─ refused ─► RESTARTING (in the new role) ◄─ canary failed ─┘
-                └─ not idle in time ─► FAILED, back in service as it was
-    restart  DRAINING ─ idle, or not idle in time ─► RESTARTING ─ ready again ─► DONE, back in service
+                │ ▲ MOVING ─ idle ─┘└─ refused ─► RESTARTING (in the new role) ◄─ canary failed ─┘
+                └─┘  └─ not idle in time, or nothing to move to ─► FAILED, back in service as it was
+    restart  DRAINING ─ not idle in time ─► MOVING ─ idle, or not idle in time ─► RESTARTING ─ ready again ─► DONE, back in service
 
-SGLang switches only an engine that is fully idle. A flip that meets work which does not end gives up, because the engine is of use as it
-is; a restart goes on, because whoever asks for one wants the process gone. An engine that refuses a live switch (feature not enabled,
-another backend, half done and not `safe_to_restore`) is restarted in the new role, which always works and costs a start.
+SGLang switches only an engine that is fully idle. A flip that meets work which neither ends nor moves gives up, because the engine is of
+use as it is; a restart goes on, because whoever asks for one wants the process gone. An engine that refuses a live switch (feature not
+enabled, another backend, half done and not `safe_to_restore`) is restarted in the new role, which always works and costs a start.
 
 Every change ends: each state has its limit.
 """
@@ -31,6 +32,7 @@ class Phase(StrEnum):
     """Where a change is; the last two are final."""
 
     DRAINING = "draining"
+    MOVING = "moving"
     SWITCHING = "switching"
     PROVING = "proving"
     RESTARTING = "restarting"
@@ -46,12 +48,14 @@ class Limits(msgspec.Struct, frozen=True):
 
     Attributes:
         drain_s: until what runs has ended.
+        move_s: from then on, until what still ran goes on elsewhere.
         switch_s: until a live switch is answered; decode captures its CUDA graphs anew.
         prove_s: until the canary's answer.
         restart_s: until the engine is ready again.
     """
 
     drain_s: float = 30.0
+    move_s: float = 15.0
     switch_s: float = 75.0
     prove_s: float = 45.0
     restart_s: float = 900.0
@@ -88,7 +92,13 @@ class WasLost(msgspec.Struct, frozen=True):
 
 
 class Tick(msgspec.Struct, frozen=True):
-    """A limit may have passed."""
+    """A limit may have passed.
+
+    Attributes:
+        others: engines are there on which what runs here could go on.
+    """
+
+    others: bool = False
 
 
 class TakeOut(msgspec.Struct, frozen=True):
@@ -193,10 +203,23 @@ class Change:
         taken = TakeOut(EngineState.SWITCHING, f"it switches from {self.was} to {self.role}: {self.cause}")
         return [taken, SendOrder("switch", self.role, self.cause)]
 
-    def _drain_too_slow(self, _event: Any, now: float) -> list[Command]:
+    def _drain_too_slow(self, event: Tick, now: float) -> list[Command]:
         if not self._due(now):
             return []
         late = f"requests still ran after {self._limits.drain_s:g} s"
+        if not event.others:
+            return self._give_up_waiting(late, now)
+        self._step(f"{late}; they go on on other engines", now)
+        self._enter(Phase.MOVING, self._limits.move_s, now)
+        return []
+
+    def _move_too_slow(self, _event: Any, now: float) -> list[Command]:
+        if not self._due(now):
+            return []
+        after_s = self._limits.drain_s + self._limits.move_s
+        return self._give_up_waiting(f"requests that cannot go on elsewhere still ran after {after_s:g} s", now)
+
+    def _give_up_waiting(self, late: str, now: float) -> list[Command]:
         if not self.live:
             self._step(f"{late}; they end with it", now)
             return self._restart(self.cause, now)
@@ -269,6 +292,9 @@ _MOVES: Mapping[tuple[Phase, type], _Move] = {
     (Phase.DRAINING, BecameIdle): Change._idle,
     (Phase.DRAINING, WasLost): Change._lost,
     (Phase.DRAINING, Tick): Change._drain_too_slow,
+    (Phase.MOVING, BecameIdle): Change._idle,
+    (Phase.MOVING, WasLost): Change._lost,
+    (Phase.MOVING, Tick): Change._move_too_slow,
     (Phase.SWITCHING, OrderAnswered): Change._switched,
     (Phase.SWITCHING, WasLost): Change._lost_in_switch,
     (Phase.SWITCHING, Tick): Change._too_slow,

@@ -84,6 +84,8 @@ LOADS_SHOWN_S = 0.2
 """How old the loads in the view may be; a change of state is published at once."""
 FACTS_FOR_S = 10.0  # an engine that was restarted between two probes may serve another model: it is asked again now and then
 CHANGES_KEPT = 64
+MOVE_AGAIN_S = 1.0
+"""How often is looked whether what runs on an engine that leaves can go on elsewhere by now."""
 UNDRAIN_SEEN_S = 1.0
 LINES_PER_S = 5.0
 LINES_BURST = 500.0
@@ -101,6 +103,9 @@ class DataPath(Protocol):
 
     def engine_lost(self, engine: EngineId, cause: str) -> None:
         """Nothing that runs on this engine will be answered."""
+
+    def move(self, engine: EngineId, cause: str) -> int:
+        """Has what runs there go on on other engines, where that is possible; how many that were."""
 
     def last_bytes_at(self, engine: EngineId) -> float:
         """When bytes of a running answer last came from it, on the loop's clock; 0 for never."""
@@ -165,6 +170,8 @@ class Controller:
         self._hosts: dict[HostId, HostView] = {}
         self._drained: dict[EngineId, str] = {}
         self._kept_out: dict[EngineId, str] = {}
+        self._drained_at: dict[EngineId, float] = {}
+        self._move_at: dict[EngineId, float] = {}
         self._lines: dict[HostId, Bucket] = {}
         self._additions: dict[HostId, Bucket] = {}
         self._facts_until: dict[EngineId, float] = {}
@@ -245,6 +252,8 @@ class Controller:
                 self._feed(detector, Tick(self._last_bytes_at(detector.id)))
         for engine, (change, pid) in list(self._running.items()):
             self._look_at_change(engine, change, pid, now)
+        for engine, cause in list(self._leavers(now)):
+            self._move_rest(engine, cause, now)
         if self.examiner is not None:
             self.examiner.look(now)
         if self.reaper is not None:
@@ -353,6 +362,7 @@ class Controller:
         self._of(detector.view.host).remove(detector)
         self._drained.pop(detector.id, None)
         self._kept_out.pop(detector.id, None)
+        self._move_at.pop(detector.id, None)
         self.prefixes.forget(detector.id)
         self.tell(detector.view.host, "engine gone", engine=detector.id, reason=cause)
         if self._data is not None:
@@ -573,9 +583,35 @@ class Controller:
             return f"{engine} is drained already: {self._drained[view.id]}; {self._load_text(view)}"
         reason = f"drained: {cause}"
         self._drained[view.id] = reason
+        self._drained_at[view.id] = self._loop.time()
         self._overlay(view.id)
         await self._tell_agent(view, "drain", reason)
         return f"{engine} takes no new work; {self._load_text(view)}{self._last_one_text(view)}"
+
+    def _leavers(self, now: float) -> Iterable[tuple[EngineId, str]]:
+        """The engines that what still runs on them should leave, and why."""
+        for engine, reason in self._drained.items():
+            if now - self._drained_at[engine] >= self._change_limits.drain_s:
+                yield engine, reason
+        for engine, (change, _) in self._running.items():
+            if change.phase is ChangePhase.MOVING:
+                yield engine, f"it is emptied for a {change.verb}: {change.cause}"
+        for detector in self._detectors.values():
+            if detector.is_leaving:
+                yield detector.id, detector.view.reason
+
+    def _move_rest(self, engine: EngineId, cause: str, now: float) -> None:
+        view = self._detectors[engine].view
+        if self._data is None or now < self._move_at.get(engine, now) or not self._data.legs_of(view.slot) or not self._has_others(view):
+            return
+        self._move_at[engine] = now + MOVE_AGAIN_S
+        if moved := self._data.move(engine, cause):
+            self._log.info("requests go on on other engines", engine=engine, requests=moved, cause=cause)
+
+    def _has_others(self, view: EngineView) -> bool:
+        """Others serve its model: an engine that takes no new work is in no pool."""
+        pool = self.view.pools.get(view.facts.model)
+        return pool is not None and pool.can_serve
 
     async def undrain(self, engine: str, cause: str) -> str:
         """Brings an engine back into service. Says what happens."""
@@ -687,10 +723,10 @@ class Controller:
     def _look_at_change(self, engine: EngineId, change: Change, pid: int, now: float) -> None:
         detector = self._detectors.get(engine)
         view = detector.view if detector is not None else None
-        event: ChangeEvent = ChangeTick()
+        event: ChangeEvent = ChangeTick(others=view is not None and self._has_others(view))
         if view is None:
             event = WasLost("its host does not have it any more")
-        elif change.phase is ChangePhase.DRAINING and (self._is_idle(view) or (not change.live and view.state in _DOWN)):
+        elif change.phase in _EMPTYING and (self._is_idle(view) or (not change.live and view.state in _DOWN)):
             event = BecameIdle()
         elif view.state in _DOWN and change.phase is not ChangePhase.RESTARTING:
             event = WasLost(view.reason)
@@ -780,3 +816,4 @@ class Controller:
 
 _DOWN = frozenset({EngineState.DEAD, EngineState.HELD})
 _ANEW = frozenset({EngineState.DEAD, EngineState.HELD, EngineState.STARTING})
+_EMPTYING = frozenset({ChangePhase.DRAINING, ChangePhase.MOVING})

@@ -204,6 +204,11 @@ class EngineDetector:
         return self._view
 
     @property
+    def is_leaving(self) -> bool:
+        """Its agent says that it ends soon: what runs on it should go on elsewhere."""
+        return self._agent is not None and self._agent.leaving
+
+    @property
     def order(self) -> EngineState | None:
         """What was ordered: DRAINING, SWITCHING or nothing."""
         return self._order

@@ -63,6 +63,9 @@ SWITCH_PATIENCE_S = 60.0
 BUSY_PATIENCE_S = 35.0
 """SGLang keeps pages of a handoff whose prefill engine died for 30 s."""
 
+START_STOP_S = 1.0
+"""How long an engine that is still starting may take to end: it has nothing to finish, and may be deaf while it loads a model."""
+
 SpawnTask = Callable[[Coroutine[Any, Any, None], str], Any]
 
 
@@ -297,6 +300,7 @@ class EngineKeeper(_Watched):
         self._progress = ""  # how far its start has come
         self._parts = 1
         self._leaving: RunningEngine | None = None
+        self._spawning: asyncio.Event | None = None  # set once the start that is under way has made a process, or failed
         self._outdated = ""
         self._wake = asyncio.Event()
 
@@ -423,18 +427,26 @@ class EngineKeeper(_Watched):
                 self._log.warning("engine", story=sentence)
 
     async def _start(self) -> None:
+        self._spawning = spawning = asyncio.Event()
+        try:
+            process = await self._make_process()
+        finally:
+            spawning.set()
+        if process is not None:
+            await self._save(process.record())
+            await self._wait_ready(process)
+
+    async def _make_process(self) -> RunningEngine | None:
         try:
             launch = await asyncio.to_thread(self._prepare, self._role)
             process = await self._launcher.start(launch)
         except (StartError, ConfigError) as error:
             self._feed(SpawnFailed(str(error), lasting=isinstance(error, ConfigError)))
-            return
-        record = process.record()
+            return None
         self._outdated = ""
-        self._watch(process, record)
+        self._watch(process, process.record())
         self._feed(Spawned(process.pid))
-        await self._save(record)
-        await self._wait_ready(process)
+        return process
 
     def _prepare(self, role: Role) -> EngineLaunch:
         """Makes the launch and writes what must be on disk before the process is there."""
@@ -598,10 +610,17 @@ class EngineKeeper(_Watched):
 
     async def stop(self, limit_s: float) -> None:
         """SIGTERM, SIGKILL after `limit_s` seconds."""
+        if self._life.state is State.STARTING:
+            limit_s = min(limit_s, START_STOP_S)
         process = self._process
         self._leaving = process  # the launcher ends it, in its own way; a second SIGTERM would mean "at once" to many a program
         if self._life.state in {State.STARTING, State.RUNNING, State.BACKOFF, State.HELD}:
             self._feed(StopAsked("its agent stops"))
+        if process is None and self._spawning is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(limit_s):
+                    await self._spawning.wait()
+            process = self._process
         if process is not None and process.alive:
             await self._launcher.stop(process, limit_s)
         with contextlib.suppress(OSError):

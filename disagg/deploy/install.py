@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from disagg.deploy.systemd import POLKIT_FILE, ROUTER, SYSUSERS_FILE, TOKEN_FILE, Site, service_name, unit_files
+from disagg.deploy.systemd import POLKIT_FILE, ROUTER, SYSUSERS_FILE, TOKEN_FILE, Site, to_enable, unit_files
 from disagg.errors import InstallError
 from disagg.model import Role
 
@@ -115,7 +115,7 @@ class Installer:
 
 
 def _next(role: Role | str) -> str:
-    start = f"systemctl enable --now {service_name(role).removesuffix('.service')}"
+    start = f"systemctl enable --now {to_enable(role)}"
     if role == ROUTER:
         return start
     return (

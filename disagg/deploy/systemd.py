@@ -1,7 +1,8 @@
 """The systemd units, as text. Pure: `deploy/install` writes them.
 
-Theory of operation. A router host runs `disagg-router.service`. An engine host runs one agent, `disagg-<role>.service`, and each of its
-engines in a unit of its own, `disagg-engine@NAME.service`:
+Theory of operation. A router host runs `disagg-router.service`; its public socket is held by `disagg-router.socket`, so that clients who
+come while the service restarts wait in the kernel's queue and are not refused. An engine host runs one agent, `disagg-<role>.service`,
+and each of its engines in a unit of its own, `disagg-engine@NAME.service`:
 
     systemd ─┬─ disagg-prefill.service            the agent ── D-Bus ──► systemctl start disagg-engine@prefill-0
              ├─ disagg-engine@prefill-0.service   `disagg engine run prefill-0`, which becomes the engine
@@ -20,11 +21,13 @@ Everything here is understood by systemd 252 (Debian 12); what older ones do not
 from __future__ import annotations
 
 import re
+from ipaddress import ip_address
 from pathlib import PurePosixPath
 
 import msgspec
 
 from disagg import __version__
+from disagg.config import RouterSection, parse_listen
 from disagg.errors import ConfigError
 from disagg.model import Role
 
@@ -36,6 +39,7 @@ TOKEN_FILE = "/etc/disagg/token"  # noqa: S105  # a path
 KEY_FILE = "/etc/disagg/key"
 USER = "disagg"
 ROUTER = "router"
+ROUTER_SOCKET = "disagg-router.socket"
 HOMES = ("/home", "/root", "/run/user")  # what ProtectHome= hides
 
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,30}", re.ASCII)
@@ -50,12 +54,14 @@ class Site(msgspec.Struct, frozen=True):
         config_path: absolute path of the config file.
         user: as whom everything runs; made if missing.
         reads: further absolute paths that `disagg` needs to run, such as the folder of its Python.
+        http: where the router serves clients, HOST:PORT.
     """
 
     executable: str
     config_path: str = CONFIG_FILE
     user: str = USER
     reads: tuple[str, ...] = ()
+    http: str = RouterSection().http
 
     @property
     def in_a_home(self) -> bool:
@@ -76,7 +82,11 @@ def unit_files(role: Role | str, site: Site) -> dict[str, str]:
     """
     _check(site)
     if role == ROUTER:
-        return {f"{UNIT_DIR}/{service_name(role)}": _router(site), SYSUSERS_FILE: _sysusers(site)}
+        return {
+            f"{UNIT_DIR}/{service_name(role)}": _router(site),
+            f"{UNIT_DIR}/{ROUTER_SOCKET}": _router_socket(site),
+            SYSUSERS_FILE: _sysusers(site),
+        }
     return {
         f"{UNIT_DIR}/{service_name(role)}": _agent(Role(role), site),
         f"{UNIT_DIR}/disagg-engine@.service": _engine(site),
@@ -86,8 +96,14 @@ def unit_files(role: Role | str, site: Site) -> dict[str, str]:
 
 
 def service_name(role: Role | str) -> str:
-    """The unit that a person enables."""
+    """The service of a host."""
     return f"disagg-{role}.service"
+
+
+def to_enable(role: Role | str) -> str:
+    """The units that a person enables, as `systemctl` takes them."""
+    service = service_name(role).removesuffix(".service")
+    return f"{ROUTER_SOCKET} {service}" if role == ROUTER else service
 
 
 def _check(site: Site) -> None:
@@ -112,7 +128,8 @@ def _router(site: Site) -> str:
         "",
         "[Service]",
         *_notifying(site, f"serve --role router --config {_word(site.config_path)} --key-file %d/disagg-key"),
-        "# To serve clients on a port below 1024: systemctl edit disagg-router, and there, under [Service],",
+        f"# Clients are served on the socket of {ROUTER_SOCKET} where that unit runs, else on router.http of the config.",
+        "# Without it, to serve them on a port below 1024: systemctl edit disagg-router, and there, under [Service],",
         "#   AmbientCapabilities=CAP_NET_BIND_SERVICE",
         "#   CapabilityBoundingSet=CAP_NET_BIND_SERVICE",
         "#   PrivateUsers=no",
@@ -130,6 +147,39 @@ def _router(site: Site) -> str:
         "",
         *_install(),
     )
+
+
+def _router_socket(site: Site) -> str:
+    return _text(
+        _header("router", ROUTER_SOCKET),
+        "[Unit]",
+        "Description=disagg router, where clients come in",
+        "",
+        "[Socket]",
+        "# router.http of the config when this was written; after a change of it: disagg systemd router --install, and restart this unit.",
+        f"ListenStream={_stream(site.http)}",
+        "FileDescriptorName=http",
+        "# Who comes while the service restarts waits in this queue (net.core.somaxconn is its limit) and is served by the next process.",
+        "# So a client makes the service start again: to stop it, stop both, systemctl stop disagg-router.socket disagg-router",
+        "Backlog=4096",
+        "NoDelay=yes",
+        "",
+        "[Install]",
+        "WantedBy=sockets.target",
+    )
+
+
+def _stream(http: str) -> str:
+    """An address as systemd takes it: it looks up no names."""
+    host, port = parse_listen("router.http", http)
+    host = "127.0.0.1" if host == "localhost" else host
+    try:
+        found = ip_address(host)
+    except ValueError:
+        raise ConfigError(f"router.http = {http!r} cannot stand in a socket unit: systemd looks up no names, so write an address") from None
+    if not port:
+        raise ConfigError(f"router.http = {http!r} cannot stand in a socket unit: write the port")
+    return f"[{host}]:{port}" if found.version == 6 else f"{host}:{port}"
 
 
 def _agent(role: Role, site: Site) -> str:
@@ -266,7 +316,7 @@ def _notifying(site: Site, arguments: str) -> list[str]:
         "# 2 is wrong usage and 78 a wrong configuration: trying again would not help.",
         "RestartPreventExitStatus=2 78",
         "TimeoutStartSec=60s",
-        "# SIGTERM drains; keep this above drain_timeout_s of the config.",
+        "# SIGTERM drains; keep this above drain_timeout_s + 15 s + stop_timeout_s of the config.",
         "TimeoutStopSec=60s",
         "KillMode=mixed",
         "# It is small, and everything else depends on it: not the first to go when memory is short.",

@@ -56,6 +56,10 @@ class PublicListener:
         body_limit: the largest body, in bytes.
         gate: counts the connections.
         started_at: Unix seconds; only shown, as the creation time of models.
+
+    Attributes:
+        draining: it is about to end: not ready, and connections end with their answer.
+        refuses: new requests are refused while it drains; not where the next process will accept those who connect from now on.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class PublicListener:
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         self.draining = False
+        self.refuses = True
         self._relay = relay
         self._owner = owner
         self._view = view
@@ -83,7 +88,7 @@ class PublicListener:
         self._started_at = started_at
         self._log = log
 
-    def server(self) -> web.Server:
+    def server(self) -> Server:
         """The protocol factory to listen with.
 
         Raises:
@@ -136,6 +141,8 @@ class PublicListener:
         relay, metrics = self._relay, self._metrics
         client = Client(http, self._ids.request_id())
         record = Record(client.request_id, path, relay.clock())
+        if self.draining:
+            client.must_close()
         relay.remember(record)
         metrics.inflight += 1
         try:
@@ -157,7 +164,7 @@ class PublicListener:
         return client.finished()
 
     async def _serve(self, http: web.BaseRequest, route: Route, client: Client, record: Record) -> None:
-        if self.draining:
+        if self.draining and self.refuses:
             raise NoCapacityError("this router is shutting down; ask again", retry_after_s=2, reason="draining")
         deadline_at = self._deadline(http, record.started_at)
         request = await self._parse(route, await self._body(http, client))

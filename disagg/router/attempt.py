@@ -86,6 +86,8 @@ class Attempt:
         broken: the engines that closed a connection in the middle.
         blamed: the engines whose fault its failure is, where that is known.
         lost: the engines that were lost under it.
+        may_move: set by an owner who can have the rest of it made on other engines; says whether that is so now.
+        moved: it was ended for that reason, which is nobody's fault.
         on_prefill_answer: called with prefill's whole body when it ended with success.
         on_wake: called by the waiting task each time it wakes; takes what an `EventLeg` has collected.
         request_id: whose attempt it is.
@@ -108,6 +110,8 @@ class Attempt:
         "is_stale",
         "last_read_at",
         "lost",
+        "may_move",
+        "moved",
         "on_prefill_answer",
         "on_wake",
         "owner",
@@ -163,6 +167,8 @@ class Attempt:
         self.lost: list[EngineId] = []
         self.request_id = ""
         self.asked = len(rids)
+        self.may_move: Callable[[], bool] | None = None
+        self.moved = False
         self.connecting: asyncio.Future[list[UpstreamConnection | BaseException]] | None = None
         handoff.handle(Dispatched(), now=owner.clock())  # its command is to send, which the relay does once both engines are connected
 
@@ -304,6 +310,11 @@ class Attempt:
         if decode.id == engine and self.decode_connection is not None:
             self._lose(self.decode_connection, decode)
             self.decode_ended(DecodeFailed(error))
+
+    def works_on(self, engine: EngineId) -> bool:
+        """True while the client's answer depends on this engine."""
+        prefill, decode = self.choice.prefill, self.choice.decode
+        return decode.id == engine or (prefill is not None and prefill.id == engine and not self.first_token_at)
 
     def _lose(self, connection: UpstreamConnection, engine: EngineView) -> None:
         connection.abandon()

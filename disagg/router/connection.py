@@ -64,6 +64,11 @@ class Server(web.Server):
         """Called for each connection."""
         return Connection(self, loop=self._loop, **self._kwargs)
 
+    def close_idle(self) -> bool:
+        """Closes the connections on which nothing is under way; says whether that were all."""
+        closed = [c.close_if_idle() for c in self.connections if isinstance(c, Connection)]
+        return all(closed)
+
     def complain(self) -> None:
         """Says that connections are refused, not more often than once in a second."""
         now = self._loop.time()
@@ -130,6 +135,13 @@ class Connection(web.RequestHandler):
             waiter = self._waiter
             if self._head_timer is None and waiter is not None and not waiter.done():  # it waits for a head, and these are not its end
                 self._head_timer = self._loop.call_later(self._server.head_limit_s, self._head_is_late)
+
+    def close_if_idle(self) -> bool:
+        """Closes it where no request is under way; says whether that was so."""
+        if self._waiter is None or self._messages:
+            return False
+        self.close()
+        return True
 
     def _break_body(self) -> None:
         """What came is not HTTP. aiohttp keeps that for the next request, but whoever waits for the rest of a body waits in vain."""

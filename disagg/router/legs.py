@@ -9,11 +9,12 @@ from disagg.handoff import DecodeFailed, DecodeFinished
 from disagg.router.attempt import ANSWER_LIMIT, Attempt, DecodeLeg
 from disagg.router.client import Client
 from disagg.router.journal import Journal
-from disagg.router.openai import DONE_EVENT, FAILURES, may_hold_failure, split_failure
+from disagg.router.openai import DONE_EVENT, FAILURES, is_json, may_hold_failure, split_failure, split_garbage
 from disagg.router.seam import Seam
 from disagg.router.upstream import unframe
 
 _BUFFERED_EVENTS = 256
+_ENDS = (b"}\n\n\r\n", b"]\n\n\r\n")  # of a chunk whose last event is an object, or `[DONE]`
 _PARTIAL_LIMIT = 16 * 1024 * 1024
 
 
@@ -37,7 +38,7 @@ class StreamLeg(DecodeLeg):
 
     def frames(self, raw: bytes, aligned: bool) -> None:
         """Whole HTTP chunks: the hot path."""
-        if not aligned or self._careful or FAILURES[0] in raw or FAILURES[1] in raw:
+        if not aligned or self._careful or FAILURES[0] in raw or FAILURES[1] in raw or not raw.endswith(_ENDS):
             self._careful_frames(raw)
             return
         attempt, client = self.attempt, self._client
@@ -86,6 +87,9 @@ class StreamLeg(DecodeLeg):
             return
         self._careful = bool(self._partial) or not self._client.chunked
         good, error = split_failure(whole)
+        good, garbage = split_garbage(good)
+        if garbage:
+            error = EngineError(f"the engine {self.attempt.choice.decode.id} sent an event that is not JSON")
         if good:
             self._pass(self._client.frame(good))
         if error is not None:
@@ -126,6 +130,9 @@ class WholeLeg(DecodeLeg):
         """The body is complete."""
         self.body = b"".join(self._parts)
         attempt = self.attempt
+        if not is_json(self.body):
+            self.fail(EngineError(f"the engine {attempt.choice.decode.id} sent an answer that is not JSON"))
+            return
         attempt.first_token(attempt.owner.clock())
         attempt.decode_ended(DecodeFinished())
 

@@ -433,6 +433,28 @@ def split_failure(events: bytes) -> tuple[bytes, EngineRefusedError | None]:
     return events, None
 
 
+def is_json(text: bytes) -> bool:
+    """True for well-formed JSON; its values are not built."""
+    try:
+        msgspec.json.decode(text, type=msgspec.Raw)
+    except (msgspec.DecodeError, RecursionError):
+        return False
+    return True
+
+
+def split_garbage(events: bytes) -> tuple[bytes, bool]:
+    """Cuts whole events before the first one whose data is not JSON, and says whether there is one."""
+    at = 0
+    while at < len(events):
+        end = events.find(b"\n\n", at) + 2 or len(events)
+        if events.startswith(b"data:", at):
+            data = events[at + 5 : end].strip()
+            if data != b"[DONE]" and not is_json(data):
+                return events[:at], True
+        at = end
+    return events, False
+
+
 def _failure(event: bytes) -> EngineRefusedError | None:
     try:
         value = parse_event(event)

@@ -153,6 +153,7 @@ class Owner:
     async def _attempt(self, run: _Run, leg: LegFactory, client: Client) -> Attempt:
         job = run.job
         attempt = self._relay.attempt(job, await self._engines(run))
+        attempt.may_move = run.may_move
         trial = job.trial
         assert trial is not None
         proof = self._spawn(self._on_trial(trial, run.stream), "trial of a suspect") if trial.is_suspect else None
@@ -177,7 +178,9 @@ class Owner:
         if not self._judge(attempt, error):
             raise error
         await self._mourn(run, attempt)
-        if attempt.sent:
+        if attempt.moved:
+            pass  # its engine is about to leave in good health: no fault that could multiply
+        elif attempt.sent:
             self._take_from_budget(run, error)
         else:
             run.unsent += 1
@@ -340,6 +343,10 @@ class _Run:
         self.others_only = False
         self.last_error: DisaggError | None = None
 
+    def may_move(self) -> bool:
+        """True when the rest of the answer can be made on other engines."""
+        return self.stream is None or self.stream.may_go_on()
+
     def failed(self, attempt: Attempt, now: float) -> None:
         """An attempt failed: its engines are left alone for a while."""
         self.last_error = attempt.error
@@ -361,6 +368,8 @@ class _Run:
 
 
 def _reason(attempt: Attempt) -> str:
+    if attempt.moved:
+        return "moved"
     if attempt.lost:
         return "engine_lost"
     if not attempt.sent:

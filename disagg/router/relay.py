@@ -374,6 +374,14 @@ class Relay:
         for attempt in list(self._live):
             attempt.engine_lost(engine, cause)
 
+    def move(self, engine: EngineId, cause: str) -> int:
+        """Has what runs on this engine go on on others, where that is possible; the rest stays. Returns how many attempts moved."""
+        here = [a for a in self._live if not a.finished and a.works_on(engine) and a.may_move is not None and a.may_move()]
+        for attempt in here:
+            attempt.moved = True
+            attempt.engine_lost(engine, cause)
+        return len(here)
+
     def give_up(self, sentence: str) -> None:
         """Ends every attempt, because the router stops."""
         for attempt in list(self._live):
@@ -493,8 +501,8 @@ class Relay:
     async def _abort_anew(self, upstream: Upstream, rid: str) -> None:
         try:
             connection = await upstream.connect(self._limits.connect_s)
-        except EngineError:
-            return  # an engine that is gone holds nothing
+        except (EngineError, NoCapacityError):
+            return  # an engine that is gone holds nothing; where no file is free, closing the connection must do
         self._post_abort(connection, upstream, rid)
 
     def _post_abort(self, connection: UpstreamConnection, upstream: Upstream, rid: str) -> None:

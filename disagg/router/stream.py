@@ -88,12 +88,33 @@ class Stream:
         """
         if self.journal.saw_done:
             return b"", b""
-        try:
-            said = self.journal.said()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise EngineError("what it said so far is too long or not in the shape of its route") from error
+        said = self._said()
         if said.usage:
             return b"", b""  # whatever it was, it is complete
+        fields = self._fields(said)
+        try:
+            return await self._continue(said, fields, ask)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise EngineError("an engine told of a text or of ids in a shape that nobody knows") from error
+
+    def may_go_on(self) -> bool:
+        """True when nothing that is known here keeps it from going on on another engine."""
+        if not self.has_begun:
+            return True
+        try:
+            said = self._said()
+            return said.usage or bool(self._fields(said))
+        except EngineError:
+            return False
+
+    def _said(self) -> Said:
+        try:
+            return self.journal.said()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EngineError("what it said so far is too long or not in the shape of its route") from error
+
+    def _fields(self, said: Said) -> Mapping[str, Any]:
+        """The request's. Raises EngineError: it cannot go on."""
         request, fields = self._request, decode_fields(self._rest)
         if request.prompts is not None:
             raise EngineError("it holds the answers to several prompts")
@@ -101,10 +122,7 @@ class Stream:
             raise EngineError("it holds several samples")
         if reason := why_not(request.route, fields, said):
             raise EngineError(reason)
-        try:
-            return await self._continue(said, fields, ask)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise EngineError("an engine told of a text or of ids in a shape that nobody knows") from error
+        return fields
 
     async def _continue(self, said: Said, fields: Mapping[str, Any], ask: Ask) -> tuple[bytes, bytes]:
         route, usage = self._request.route, self._request.include_usage

@@ -52,6 +52,7 @@ class EngineReport(msgspec.Struct, frozen=True):
         start_ticks: when its process began, clock ticks since the machine started; with `pid` this names the process.
         counter: the sum of what an engine's own counters count; it grows as long as the engine makes progress.
         working: the engine has work that does not merely wait for a peer.
+        leaving: it ends soon: what runs on it should go on elsewhere. A router that does not know this lets it be cut.
 
     An agent names the process of an engine that it started, and of no other.
     """
@@ -70,6 +71,7 @@ class EngineReport(msgspec.Struct, frozen=True):
     working: bool = False
     facts: EngineFacts = EngineFacts()
     load: EngineLoad = EngineLoad()
+    leaving: bool = False
 
     @property
     def owned(self) -> bool:

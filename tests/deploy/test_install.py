@@ -52,7 +52,7 @@ def test_installing_into_a_folder(role: str, tmp_path: Path) -> None:
     assert "Did not tell systemd" in result.stdout
     last = result.stdout.splitlines()[-1]
     assert last.startswith("Next: ")
-    assert last.endswith(f"systemctl enable --now disagg-{role}")
+    assert last.endswith(f"systemctl enable --now {'disagg-router.socket ' if role == 'router' else ''}disagg-{role}")
     assert ("/etc/disagg/token" in last) == (role != "router")
     service = tmp_path / "etc/systemd/system" / f"disagg-{role}.service"
     assert (analyze("verify", str(service)).returncode, analyze("verify", str(service)).stderr) == (0, "")  # its program exists, too
@@ -148,6 +148,12 @@ def test_a_program_that_the_user_cannot_reach_is_found(tmp_path: Path) -> None:
     assert not closed.stat().st_mode & 0o001
     assert closed_to_others(Path(shutil.which("true") or "/bin/true")) is None
     assert closed_to_others(tmp_path / "missing") == tmp_path / "missing"
+
+
+def test_the_socket_listens_where_the_config_says(tmp_path: Path) -> None:
+    config = tmp_path / "disagg.toml"
+    config.write_text('[router]\nhttp = "0.0.0.0:9000"\n')
+    assert "ListenStream=0.0.0.0:9000\n" in disagg("router", "--config", str(config)).stdout
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import disagg
+from disagg.activation import NAME
 from disagg.deploy.systemd import HOMES, POLKIT_FILE, SYSUSERS_FILE, UNIT_DIR, Site, unit_files
 from disagg.errors import ConfigError
 from tests.deploy.units import HOSTS, LIMIT_S, TRUE, analyze, exposure, needs_systemd, write_units
@@ -21,6 +22,7 @@ from tests.ports import free_port
 
 HERE = Path(__file__).parent
 AGENTS = HOSTS[1:]
+SOCKET = f"{UNIT_DIR}/disagg-router.socket"
 ENGINE = f"{UNIT_DIR}/disagg-engine@.service"
 
 
@@ -44,7 +46,7 @@ def unit(role: str, site: Site | None = None, *, engine: bool = False) -> dict[s
 @needs_systemd
 def test_systemd_understands_every_line(tmp_path: Path) -> None:
     units = write_units(tmp_path)
-    assert len(units) == 5
+    assert len(units) == 6
     for path in units.values():
         result = analyze("verify", str(path))
         assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
@@ -60,7 +62,7 @@ def test_that_check_would_notice_a_word_that_systemd_does_not_know(tmp_path: Pat
 @needs_systemd
 @pytest.mark.parametrize("site", [Site(TRUE), Site("/home/me/disagg/.venv/bin/disagg")], ids=["in the system", "in a home"])
 def test_exposure(site: Site, tmp_path: Path) -> None:
-    found = {name: exposure(path) for name, path in write_units(tmp_path, site).items()}
+    found = {name: exposure(path) for name, path in write_units(tmp_path, site).items() if name.endswith(".service")}
     assert found.pop("disagg-router.service") <= 1.5
     assert all(value <= 2.5 for value in found.values()), found
 
@@ -171,6 +173,31 @@ def test_the_service_notifies_is_watched_and_comes_back(role: str) -> None:
     assert service["RestartPreventExitStatus"] == ["2 78"]
 
 
+def test_the_routers_socket_starts_its_service_and_is_called_what_the_router_looks_for() -> None:
+    found = settings_of(unit_files("router", Site("/opt/disagg"))[SOCKET])
+    assert found["FileDescriptorName"] == [NAME]
+    assert found["ListenStream"] == ["127.0.0.1:8000"]
+    assert found["WantedBy"] == ["sockets.target"]
+    assert not {"Accept", "ReusePort", "Service"} & found.keys()  # one process, the one of the same name
+
+
+@needs_systemd
+@pytest.mark.parametrize(
+    ("http", "stream"),
+    [("0.0.0.0:80", "0.0.0.0:80"), ("localhost:8000", "127.0.0.1:8000"), ("[::]:8000", "[::]:8000")],
+)
+def test_the_address_of_the_config_stands_in_the_socket_unit(http: str, stream: str, tmp_path: Path) -> None:
+    path = write_units(tmp_path, Site(TRUE, http=http))["disagg-router.socket"]
+    assert settings_of(path.read_text())["ListenStream"] == [stream]
+    assert (analyze("verify", str(path)).returncode, analyze("verify", str(path)).stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("http", "what"), [("router.example:8000", "write an address"), ("127.0.0.1:0", "write the port")])
+def test_an_address_that_systemd_cannot_listen_on_is_refused(http: str, what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        unit_files("router", Site("/opt/disagg", http=http))
+
+
 @pytest.mark.parametrize("role", AGENTS)
 def test_nobody_waits_for_a_word_of_a_real_engine(role: str) -> None:
     engine = unit(role, engine=True)
@@ -231,11 +258,11 @@ def test_a_disagg_that_lies_in_a_home_is_not_hidden_from_its_unit(home: str) -> 
 @pytest.mark.parametrize("role", HOSTS)
 def test_files_of_a_role(role: str) -> None:
     files = unit_files(role, Site("/opt/disagg", user="gpu"))
-    engine = [] if role == "router" else [ENGINE, POLKIT_FILE]
-    assert list(files) == [f"{UNIT_DIR}/disagg-{role}.service", *engine, SYSUSERS_FILE]
-    for text in files.values():
+    others = [SOCKET] if role == "router" else [ENGINE, POLKIT_FILE]
+    assert list(files) == [f"{UNIT_DIR}/disagg-{role}.service", *others, SYSUSERS_FILE]
+    for path, text in files.items():
         assert f"Made by disagg {disagg.__version__}" in text.splitlines()[0]
-        assert re.search(r"\bgpu\b", text)
+        assert re.search(r"\bgpu\b", text) or path == SOCKET
         assert text.endswith("\n")
         assert max(map(len, text.splitlines())) <= 180
 

@@ -23,7 +23,7 @@ def write_units(folder: Path, site: Site | None = None) -> dict[str, Path]:
     found = {}
     for role in HOSTS:
         for path, text in unit_files(role, site or Site(TRUE)).items():
-            if path.endswith(".service"):
+            if path.endswith((".service", ".socket")):
                 name = Path(path).name.replace("@.", "@prefill-0.")
                 found[name] = folder / name
                 found[name].write_text(text)

@@ -428,7 +428,7 @@ async def test_a_whole_answer_is_asked_for_anew_on_another_engine(how: Behaviour
         await nothing_left(rig)
 
 
-@pytest.mark.parametrize("status", [400, 404, 413, 422, 429])
+@pytest.mark.parametrize("status", [400, 404, 413, 422])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_what_the_client_did_wrong_is_not_asked_again(status: int, stream: bool) -> None:
     async with running_rig(*TWO, probe_interval_s=60) as rig:

@@ -25,12 +25,24 @@ DISAGG = [sys.executable, "-m", "disagg"]
 class Process:
     """One `disagg` command that runs."""
 
-    def __init__(self, name: str, folder: Path, arguments: list[str], env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        arguments: list[str],
+        env: dict[str, str] | None = None,
+        program: tuple[str, ...] = ("-m", "disagg"),
+    ) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
-                [*DISAGG, *arguments], stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=folder, env={**os.environ, **(env or {})}
+                [sys.executable, *program, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                cwd=folder,
+                env={**os.environ, **(env or {})},
             )
 
     def said(self) -> str:
@@ -72,14 +84,26 @@ class Site:
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()[-1]
 
-    def start_host(self, name: str, role: str, *arguments: str, token: str | None = None, env: dict[str, str] | None = None) -> Process:
-        """Joins with a new token the first time, with its own key afterwards."""
+    def start_host(
+        self,
+        name: str,
+        role: str,
+        *arguments: str,
+        token: str | None = None,
+        env: dict[str, str] | None = None,
+        program: tuple[str, ...] = ("-m", "disagg"),
+    ) -> Process:
+        """Joins with a new token the first time, with its own key afterwards.
+
+        Args:
+            program: what Python runs; a test composes it without a defence.
+        """
         state = self.folder / name
         if token is None and not state.exists():
             token = self.token(role)
         given = ["--token", token] if token else []
         command = ["serve", "--role", role, "--name", name, "--join", f"127.0.0.1:{self.control}", "--state-dir", str(state)]
-        self.hosts[name] = Process(name, self.folder, [*command, *given, "--log-format", "json", *arguments], env)
+        self.hosts[name] = Process(name, self.folder, [*command, *given, "--log-format", "json", *arguments], env, program)
         return self.hosts[name]
 
     def run(self, *arguments: str, admin: bool = True) -> subprocess.CompletedProcess[str]:

@@ -35,7 +35,7 @@ from disagg.wire.codec import (
     to_router,
 )
 from disagg.wire.messages import Ack, Goodbye, Heartbeat, Hello, Message, ToHost, ToRouter
-from tests.wire.make_golden import DECODE, FRAMES, PREFILL, SAMPLES
+from tests.wire.make_golden import DECODE, FRAMES, LATER_FIELDS, PREFILL, SAMPLES
 
 HEADER = b"dsg" + bytes((MAJOR, MINOR))
 BY_KIND = {type(message).__name__.lower(): message for message in SAMPLES}
@@ -65,7 +65,7 @@ def refused(found: bytes, reader: Reader[Any] = to_router) -> FrameError:
 def test_there_is_a_sample_of_every_kind_with_every_field_set() -> None:
     assert {type(m) for m in SAMPLES} == {*ToRouter.__args__, *ToHost.__args__}
     for message in (*SAMPLES, PREFILL):
-        defaults = {f.name: f.default for f in msgspec.structs.fields(message)}
+        defaults = {f.name: f.default for f in msgspec.structs.fields(message) if f.name not in LATER_FIELDS}
         assert all(getattr(message, name) != default for name, default in defaults.items()), message
 
 
@@ -92,6 +92,15 @@ def test_fields_of_later_releases_are_tolerated_wherever_they_stand(message: Mes
         return [grow(v) for v in value] if isinstance(value, list) else value
 
     assert reader_of(message).decode(frame(**grow(fields))) == message
+
+
+def test_a_field_that_came_later_travels_and_is_false_where_an_older_agent_says_nothing_of_it() -> None:
+    leaving = Heartbeat(7, "n0nce", 41, 40, (msgspec.structs.replace(PREFILL, leaving=True),))
+    assert to_router.decode(encode(leaving)) == leaving
+    for place in FRAMES.glob("*/heartbeat.bin"):
+        older = to_router.decode(place.read_bytes())
+        assert isinstance(older, Heartbeat)
+        assert not any(report.leaving for report in older.engines)
 
 
 def test_secrets_are_not_shown() -> None:
