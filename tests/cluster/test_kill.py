@@ -62,9 +62,9 @@ def told(body: bytes, *, stream: bool) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def four() -> Iterator[Cluster]:
-    """Two prefill and two decode engines; those that are killed are started anew."""
-    with running_cluster(*PACED, "--prefill", "2", "--decode", "2", "--log-level", "error") as cluster:
+def six() -> Iterator[Cluster]:
+    """Three prefill and three decode engines, which take turns: one that died five times in a short time would not be started again."""
+    with running_cluster(*PACED, "--prefill", "3", "--decode", "3", "--log-level", "error") as cluster:
         yield cluster
 
 
@@ -131,11 +131,11 @@ class Watched:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("phase", ["prefill", "transfer", "decode"])
 @pytest.mark.parametrize("victim", ["prefill", "decode"])
-async def test_kill(session: aiohttp.ClientSession, four: Cluster, victim: str, phase: str, stream: bool) -> None:
-    watched = await Watched.idle(session, four)
+async def test_kill(session: aiohttp.ClientSession, six: Cluster, victim: str, phase: str, stream: bool) -> None:
+    watched = await Watched.idle(session, six)
     seed = next(_SEEDS)  # a prompt of its own: nothing of it is cached, so its prefill lasts
     async with asyncio.TaskGroup() as group:
-        asking = group.create_task(ask(session, four, stream=stream, seed=seed))
+        asking = group.create_task(ask(session, six, stream=stream, seed=seed))
         pair = await watched.until_in(phase)
         assert not asking.done()
         os.kill(pair[victim]["pid"], signal.SIGKILL)
@@ -153,7 +153,7 @@ async def test_kill(session: aiohttp.ClientSession, four: Cluster, victim: str, 
     assert status == 200, body
     if not stream:
         assert headers["x-disagg-attempts"] == ("1" if harmless else "2")
-    _, _, uncut = await ask(session, four, stream=stream, seed=seed)
+    _, _, uncut = await ask(session, six, stream=stream, seed=seed)
     assert told(body, stream=stream) == told(uncut, stream=stream)
     assert len(told(body, stream=stream)["ids"]) == TOKENS
 
@@ -186,11 +186,9 @@ def story(client: openai.OpenAI, on_text: Any = None, **more: Any) -> tuple[str,
     [{"temperature": 0}, {"temperature": 1, "seed": 7, "max_tokens": 40, "extra_body": {"ignore_eos": True}}],
     ids=["greedy", "seeded"],
 )
-async def test_the_official_client_hears_the_same_story_though_its_engine_is_killed(
-    session: aiohttp.ClientSession, four: Cluster, more: dict[str, Any]
-) -> None:
-    await all_idle(session, four)
-    pids = {e["id"]: e["pid"] for e in await asyncio.to_thread(four.engines)}
+async def test_the_official_client_hears_the_same_story_though_its_engine_is_killed(six: Cluster, more: dict[str, Any]) -> None:
+    await all_idle(session, six)
+    pids = {e["id"]: e["pid"] for e in await asyncio.to_thread(six.engines)}
     killed: list[str] = []
 
     def kill(text: str, headers: Any) -> None:
@@ -198,7 +196,7 @@ async def test_the_official_client_hears_the_same_story_though_its_engine_is_kil
             killed.append(headers["x-disagg-decode"])
             os.kill(pids[killed[0]], signal.SIGKILL)
 
-    with openai.OpenAI(base_url=four.url + "/v1", api_key="none", max_retries=0, timeout=60) as client:
+    with openai.OpenAI(base_url=six.url + "/v1", api_key="none", max_retries=0, timeout=60) as client:
         uncut = await asyncio.to_thread(story, client, **more)
         told_through = await asyncio.to_thread(story, client, kill, **more)
     assert killed
