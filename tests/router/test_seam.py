@@ -395,6 +395,15 @@ def test_more_than_text_is_an_error_once_text_was_said_and_passed_on_before(more
     assert made["choices"][0]["delta"] == more
 
 
+def test_a_role_that_comes_with_text_is_not_told_again() -> None:
+    stream, _ = broken_after(CHAT, 1, engine=FunctionEngine(VOCABULARY, with_ids=True))
+    assert stream._seam is not None
+    choice = {"index": 0, "delta": {"role": "assistant", "content": "a"}, "finish_reason": None}
+    made = parse_event(stream._seam.rewrite(b"data: " + msgspec.json.encode({"id": "b", "choices": [choice]}) + b"\n\n"))
+    assert made is not None
+    assert made["choices"][0]["delta"] == {"content": "a"}
+
+
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("garbage", [b"data: nonsense\n\n", b'data: {"choices": [{}]}\n\n', b'data: {"text": 3, "meta_info": {}}\n\n'])
 def test_garbage_is_an_engines_error(route: Route, garbage: bytes) -> None:
