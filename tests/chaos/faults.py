@@ -60,20 +60,26 @@ def of_role(role: str) -> list[str]:
 
 def kill_engine(role: str) -> Fault:
     async def fault(blow: Blow) -> None:
-        engine = blow.take(of_role(role))
-        blow.town.send(await blow.town.pid(engine), signal.SIGKILL)
-        await revive(blow, engine)
+        await killed(blow, blow.take(of_role(role)))
 
     return fault
 
 
-async def revive(blow: Blow, engine: str) -> None:
-    """Whoever has no agent is started again by the script."""
+async def killed(blow: Blow, engine: str) -> None:
+    """Kills it and waits for the next process: its agent starts one, and where there is none the script does."""
+    before = await blow.town.pid(engine)
+    blow.town.send(before, signal.SIGKILL)
     if engine in GIVEN:
         await blow.rest()
         given = blow.town.given[engine]
         await asyncio.to_thread(given.again)
         await asyncio.to_thread(given.process.wait_ready)
+        return
+
+    async def lives_again() -> bool:
+        return await blow.town.pid(engine) not in {before, 0}
+
+    await until(lives_again, f"{engine} has no new process", CHANGE_LIMIT_S)
 
 
 async def stop_engine(blow: Blow) -> None:
@@ -169,8 +175,7 @@ async def engine_hangs(blow: Blow) -> None:
     engine = blow.take([*JOINED, *GIVEN])
     await blow.town.set_faults(engine, "hang@token:3")
     await asyncio.sleep(blow.hold_s + 4.0)
-    blow.town.send(await blow.town.pid(engine), signal.SIGKILL)
-    await revive(blow, engine)
+    await killed(blow, engine)
 
 
 async def deaf_to_aborts(blow: Blow) -> None:

@@ -83,7 +83,7 @@ class After(msgspec.Struct, frozen=True):
     Attributes:
         used_tokens: KV tokens by engine that are neither free nor in quarantine; -1: the engine does not answer.
         live: requests that the router still holds something for.
-        fds: of the router's process at its quietest since it started, and now.
+        fds: of the router before the load, and after the rest; it may be another process by then.
         rss_mb: likewise.
         not_ready: engines that are not back in service, with the reason.
     """

@@ -66,15 +66,6 @@ class Given:
 
 
 @dataclass
-class Quiet:
-    """What one router process needs at its quietest."""
-
-    pid: int
-    fds: int = 0
-    rss_mb: float = 0.0
-
-
-@dataclass
 class Town:
     """The processes and what is known of them.
 
@@ -88,7 +79,6 @@ class Town:
     clock: Callable[[], float]
     given: dict[str, Given] = field(default_factory=dict)
     away: list[Away] = field(default_factory=list)
-    quiet: Quiet = field(default_factory=lambda: Quiet(0))
     counts: dict[str, Counter[str]] = field(default_factory=lambda: {"resumes": Counter(), "replays": Counter()})
     _last: dict[str, Counter[str]] = field(default_factory=dict)
 
@@ -199,7 +189,6 @@ class Town:
             given += ["--prefill", f"{place},{engine.transfer.port}"] if engine.role == "prefill" else ["--decode", place]
         await asyncio.to_thread(self.site.start_router, *given, *ROUTER_FLAGS)
         self._last = {}
-        self.quiet = Quiet(self.router.process.pid)
 
     async def restart_router(self, number: signal.Signals) -> None:
         """Ends it and starts it again; notes how long it was away."""
