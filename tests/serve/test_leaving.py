@@ -27,7 +27,7 @@ MANY = 12
 DRAIN = ("--drain-timeout-s", "0.5", "--stop-timeout-s", "0.3")
 """No patience with what runs; nor with an engine, for the embedded one finishes what it has after its SIGTERM."""
 SIGTERMS = int(os.environ.get("DISAGG_TEST_SIGTERMS", "3"))
-"""How often a host is stopped under load; FAILURES.md wants 100, which scripts/drains runs."""
+"""How often a host is stopped under load; FAILURES.md wants 100, which scripts/drains makes."""
 
 
 def text_of(number: int) -> str:
