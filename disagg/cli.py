@@ -346,7 +346,7 @@ def _watch_once(admin: str, *, as_json: bool) -> None:
 
 @app.command()
 def drain(engine: str, *, admin: AdminOption = ADMIN, cause: CauseOption = CAUSE) -> None:
-    """Give an engine no new work; what runs goes on."""
+    """Give an engine no new work; what runs may finish, and what has not within drain_timeout_s goes on on other engines."""
     from disagg import ask  # noqa: PLC0415
 
     _say(ask.post(admin, f"/admin/engines/{ask.quoted(engine)}/drain", {"cause": cause})["will"])

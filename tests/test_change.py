@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 
@@ -90,6 +91,34 @@ def test_a_flip_gives_up_when_requests_do_not_end() -> None:
     assert "it goes on as decode" in change.outcome
 
 
+@pytest.mark.parametrize("begin", [flip, restart])
+def test_what_does_not_end_moves_where_there_are_others(begin: Callable[[], Change]) -> None:
+    change = begin()
+    assert feed(change, Tick(others=True), now=130.0) == []
+    assert (change.phase, change.next_deadline()) == (Phase.MOVING, 145.0)
+    assert change.outcome == "requests still ran after 30 s; they go on on other engines"
+    taken, order = feed(change, BecameIdle(), now=131.0)
+    assert isinstance(taken, TakeOut)
+    assert isinstance(order, SendOrder)
+    assert order.action == ("switch" if change.live else "restart")
+
+
+def test_what_neither_ends_nor_moves_ends_a_flip_and_not_a_restart() -> None:
+    for change, phase in ((flip(), Phase.FAILED), (restart(), Phase.RESTARTING)):
+        feed(change, Tick(others=True), now=130.0)
+        assert feed(change, Tick(others=True), now=144.9) == []
+        feed(change, Tick(others=True), now=145.0)
+        assert change.phase is phase
+        assert "cannot go on elsewhere still ran after 45 s" in str(change.steps)
+
+
+def test_an_engine_that_dies_while_its_requests_move() -> None:
+    change = flip()
+    feed(change, Tick(others=True), now=130.0)
+    assert feed(change, WasLost("it died"), now=131.0) == [PutBack()]
+    assert change.phase is Phase.FAILED
+
+
 def test_a_restart_goes_on_when_requests_do_not_end() -> None:
     change = restart()
     _, order = feed(change, Tick(), now=130.0)
@@ -159,7 +188,7 @@ def test_random_changes_keep_every_invariant_and_all_end() -> None:
             now += chance.choice((0.0, 1.0, 20.0, 500.0))
             event = chance.choice(
                 (
-                    *(Tick(), Tick(), BecameIdle(), WasLost("x"), BecameReady(chance.choice((P, D)))),
+                    *(Tick(), Tick(others=True), BecameIdle(), WasLost("x"), BecameReady(chance.choice((P, D)))),
                     *(OrderAnswered(chance.random() < 0.6, "o"), CanaryEnded(chance.random() < 0.6, "c")),
                 )
             )

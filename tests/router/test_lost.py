@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 import aiohttp
 import pytest
 
-from disagg.model import Role
+from disagg.model import Choice, Role
 from disagg.router.relay import Relay
 from tests.fake_engine import Call, answer_well, chat_chunk, until
 from tests.router.conftest import CHAT, Rig, running_rig
@@ -161,3 +161,58 @@ async def test_those_who_choose_while_another_connects_see_its_engines_taken() -
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
         await nothing_left(rig)
+
+
+# --- engines that leave in good health
+
+
+async def test_whatever_can_go_on_elsewhere_moves_and_no_budget_for_faults_is_spent() -> None:
+    """Eight at once, where three replays would be allowed for a fault; a stream that has begun and cannot go on stays."""
+    async with running_rig(Role.UNIFIED, Role.UNIFIED, probe_interval_s=60) as rig:
+        one, other = rig.engine(Role.UNIFIED, 0), rig.engine(Role.UNIFIED, 1)
+        for engine in (one, other):
+            engine.behave = speaks_if_asked_to_stream
+        asking = [asyncio.ensure_future(rig.post(CHAT)) for _ in range(16)]  # noqa: TID251
+        stream = await rig.post({**STREAM, "frequency_penalty": 1.0})
+        await stream.content.readuntil(b"\n\n")
+        await until(lambda: len(one.calls) + len(other.calls) == 17)
+        leaver = one if stream.headers["x-disagg-decode"] == one.address.id else other
+        for engine in (one, other):
+            engine.behave = answer_well
+        whole = sum(not call.json.get("stream") for call in leaver.calls)
+        assert relay_of(rig).move(leaver.address.id, "its host stops") == whole > 3
+        assert relay_of(rig).move(leaver.address.id, "its host stops") == 0
+        assert relay_of(rig).legs_of(0 if leaver is one else 1) >= 1, "the stream that cannot move"
+        assert f'disagg_replays_total{{reason="moved"}} {whole}.0' in await settled(rig, f'reason="moved"}} {whole}.0')
+        staying = one if leaver is other else other
+        relay_of(rig).engine_lost(staying.address.id, "enough")
+        stream.close()
+        for each in asking:
+            each.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+        await nothing_left(rig)
+
+
+async def settled(rig: Rig, words: str) -> str:
+    """The metrics, once these words are in them."""
+    await until(lambda: words in rig.metrics())
+    return rig.metrics()
+
+
+async def speaks_if_asked_to_stream(call: Call) -> None:
+    if call.json.get("stream"):
+        await call.event(chat_chunk("one"))
+    await asyncio.Event().wait()
+
+
+async def test_the_routers_own_questions_never_move(rig: Rig) -> None:
+    """A canary proves one very pair: asked of another it would prove nothing."""
+    rig.decode.behave = rig.prefill.behave = forever
+    view = rig.router.controller.view
+    choice = Choice(view.engines[0], view.engines[1], "a test")
+    asking = asyncio.ensure_future(relay_of(rig).ask(choice, b'{"text":"x"}'))  # noqa: TID251
+    await until(lambda: bool(rig.decode.calls))
+    assert relay_of(rig).move(rig.decode.address.id, "its host stops") == 0
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    await nothing_left(rig)

@@ -28,7 +28,7 @@ from tests.serve.streams import Answer
 pytestmark = pytest.mark.slow
 
 RESTARTS = int(os.environ.get("DISAGG_TEST_RESTARTS", "3"))
-"""FAILURES.md wants 20: DISAGG_TEST_RESTARTS=20."""
+"""FAILURES.md wants 20, which scripts/drains makes."""
 CLIENTS = 4
 LIMIT_S = 30.0
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": "say it"}], "max_tokens": 4}
