@@ -86,8 +86,9 @@ class StreamLeg(DecodeLeg):
             self.fail(EngineError(f"the engine {self.attempt.choice.decode.id} sent an event without an end"))
             return
         self._careful = bool(self._partial) or not self._client.chunked
-        good, error = split_failure(whole)
+        good, refused = split_failure(whole)
         good, garbage = split_garbage(good)
+        error: EngineError | None = refused
         if garbage:
             error = EngineError(f"the engine {self.attempt.choice.decode.id} sent an event that is not JSON")
         if good:
