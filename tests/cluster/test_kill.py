@@ -88,12 +88,12 @@ async def all_idle(session: aiohttp.ClientSession, cluster: Cluster) -> None:
 def is_in(phase: str, prefill: Mapping[str, Any] | None, decode: Mapping[str, Any] | None) -> bool:
     """Whether the one request there is is in this phase, by what its engines say; None for one that does nothing."""
     if phase == "decode":
-        return decode is not None and decode["num_running_reqs"] > 0
+        return decode is not None and bool(decode["num_running_reqs"])
     if prefill is None or decode is None:
         return False
     if phase == "transfer":  # the first pages are computed and on their way while others are still being computed
-        return decode["decode_transfer_queue_reqs"] > 0 and prefill["prefilled"] > 0
-    return prefill["num_running_reqs"] > 0 or prefill["num_used_tokens"] > 0
+        return bool(decode["decode_transfer_queue_reqs"] and prefill["prefilled"])
+    return bool(prefill["num_running_reqs"] or prefill["num_used_tokens"])
 
 
 class Watched:
@@ -186,7 +186,9 @@ def story(client: openai.OpenAI, on_text: Any = None, **more: Any) -> tuple[str,
     [{"temperature": 0}, {"temperature": 1, "seed": 7, "max_tokens": 40, "extra_body": {"ignore_eos": True}}],
     ids=["greedy", "seeded"],
 )
-async def test_the_official_client_hears_the_same_story_though_its_engine_is_killed(six: Cluster, more: dict[str, Any]) -> None:
+async def test_the_official_client_hears_the_same_story_though_its_engine_is_killed(
+    session: aiohttp.ClientSession, six: Cluster, more: dict[str, Any]
+) -> None:
     await all_idle(session, six)
     pids = {e["id"]: e["pid"] for e in await asyncio.to_thread(six.engines)}
     killed: list[str] = []
