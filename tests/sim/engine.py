@@ -308,7 +308,9 @@ class SimEngine:
         elif path == "/v1/tokenize":
             self._tokenize(call, msgspec.json.decode(body))
         elif path == "/v1/detokenize":
-            call.answer(200, {"text": words.text_of(msgspec.json.decode(body)["tokens"])})
+            tokens = msgspec.json.decode(body)["tokens"]
+            many = tokens and isinstance(tokens[0], list)
+            call.answer(200, {"text": [words.text_of(one) for one in tokens] if many else words.text_of(tokens)})
         elif path == "/pd_role_switch":
             self._switch(call, msgspec.json.decode(body))
         else:

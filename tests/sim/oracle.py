@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 LIMIT_S = 90.0
 """A request is over within this: two attempts with all their deadlines, and the time that a router may stand still."""
-EXPECT_LOST: int | None = None
-"""How many accepted requests may end in a clean error; None while the router cannot replay and continue everything."""
+EXPECT_LOST: int | None = 0
+"""How many accepted requests may end in a clean error; None for any number. A 503 that says when to come again is none."""
 
 
 class Found(msgspec.Struct, frozen=True):

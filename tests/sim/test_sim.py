@@ -150,11 +150,10 @@ def test_a_worse_network_is() -> None:
     assert worse(simulate(Plan(1), script=scenarios.crowd(0.7, 0.0, 30.0)))
 
 
-def test_streams_that_are_cut_end_right_or_with_a_clean_error() -> None:
-    """With continuation they all end right: then `lost` is gone from here."""
+def test_streams_that_are_cut_all_end_right() -> None:
     result = simulate(Plan(1), script=scenarios.cuts(72))
     assert result.found == []
-    assert set(result.outcomes) <= {"ok", "lost"}
+    assert set(result.outcomes) == {"ok"}
     assert sum(result.outcomes.values()) == 72
 
 
