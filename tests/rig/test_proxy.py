@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 
 import pytest
+import uvloop
 
 from tests.rig.proxy import Direction, Proxy
 
@@ -89,6 +90,28 @@ async def test_everything_is_late_by_the_delay_of_both_directions() -> None:
         assert await reader.readexactly(5) == b"hello"
         assert time.monotonic() - began >= 0.2
         writer.close()
+
+
+@pytest.mark.parametrize("runner", [asyncio.run, uvloop.run])
+def test_who_leaves_in_a_silence_harms_nobody(runner: Callable[[Coroutine[None, None, None]], None]) -> None:
+    async def leave() -> None:
+        async with echo() as proxy:
+            for _ in range(20):
+                reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+                writer.write(b"hello")
+                assert await reader.readexactly(5) == b"hello"
+                proxy.silence("down")
+                writer.write(b"hello" * 10_000)
+                await writer.drain()
+                writer.transport.abort()
+                await asyncio.sleep(0)
+                proxy.heal()
+            reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+            writer.write(b"hello")
+            assert await reader.readexactly(5) == b"hello"
+            writer.close()
+
+    runner(leave())
 
 
 async def test_without_a_target_a_client_is_reset() -> None:
