@@ -23,7 +23,7 @@ LIMIT_S = 60.0
 """After that a request is stuck."""
 TOKENS = (20, 60)
 SLOW_READ_BYTES = 256
-SLOW_PAUSE_S = 0.02
+SLOW_PAUSE_S = 0.1
 LEAVE_WITHIN_S = 2.0
 AT_ONCE = 6  # questions under way while the right answers are asked for
 

@@ -105,8 +105,8 @@ class _Connection:
             async with asyncio.TaskGroup() as pumps:
                 pumps.create_task(self._pump("up", reader, onward), name="up")
                 pumps.create_task(self._pump("down", back, writer), name="down")
-        except* OSError:
-            pass  # one side is gone, or was cut: so is the other
+        except* (OSError, RuntimeError):
+            pass  # one side is gone, or was cut: so is the other; uvloop tells by a RuntimeError that a transport was closed already
         finally:
             for side in (writer, onward):
                 _reset(side)
@@ -132,6 +132,8 @@ class _Connection:
             if (wait_s := due - clock()) > 0:
                 await asyncio.sleep(wait_s)
             await self._proxy.heard(direction)
+            if writer.is_closing():
+                raise ConnectionResetError("the other side is gone")
             if not data:
                 writer.write_eof()
                 return

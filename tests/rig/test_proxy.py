@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
 
 import pytest
+import uvloop
 
 from tests.rig.proxy import Direction, Proxy
 
@@ -89,6 +90,33 @@ async def test_everything_is_late_by_the_delay_of_both_directions() -> None:
         assert await reader.readexactly(5) == b"hello"
         assert time.monotonic() - began >= 0.2
         writer.close()
+
+
+@pytest.mark.parametrize("runner", [asyncio.run, uvloop.run])
+def test_a_client_that_leaves_in_the_middle_harms_nobody(runner: Callable[[Coroutine[None, None, None]], None]) -> None:
+    async def stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while not writer.is_closing():
+                writer.write(b"x" * 1000)
+                await writer.drain()
+                await asyncio.sleep(0.001)
+
+    async def leave() -> None:
+        server = await asyncio.start_server(stream, "127.0.0.1", 0)
+        async with asyncio.timeout(LIMIT_S), Proxy(server.sockets[0].getsockname()[1]).running() as proxy:
+            for _ in range(10):
+                proxy.delay_s = 0.02
+                reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+                await reader.readexactly(1000)
+                writer.transport.abort()
+                await asyncio.sleep(0.05)
+                proxy.heal()
+            reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+            assert await reader.readexactly(5) == b"xxxxx"
+            writer.transport.abort()
+        server.close()
+
+    runner(leave())
 
 
 async def test_without_a_target_a_client_is_reset() -> None:
