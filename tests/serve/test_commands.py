@@ -236,6 +236,7 @@ def test_an_engine_that_dies_again_and_again_is_held_until_a_person_asks(site: S
         time.sleep(0.05)
     assert deaths == 5
     assert "5 deaths" in site.engine("u")["reason"]
+    assert "it is held after 5 deaths within 600 s" in site.run("status").stdout, "F18: a person who looks sees why"
     done = site.run("restart", "u")
     assert done.returncode == 0, done.stderr
     site.wait_engine("u", "ready")
