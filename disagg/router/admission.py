@@ -11,6 +11,7 @@ when the engines are through with them, also when the client left long before.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Collection, Sequence
 from math import inf
 from typing import Protocol
@@ -21,6 +22,9 @@ from disagg.policy.ledger import RESERVED_TOKENS, Ledger
 from disagg.policy.pace import Pace
 from disagg.policy.queue import Entry, Place, Queue, Reason, Shed
 from disagg.policy.route import InFlight, choose, pool_of
+
+_PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s?([0-9]{1,9})')
+_USAGE_WITHIN = 1024  # it stands at the end of an answer
 
 
 class Wanting(Protocol):
@@ -156,6 +160,7 @@ class Admission:
         self._clock = clock
         self._queues: dict[tuple[str, bool], Queue] = {}
         self._loads: dict[int, EngineLoad] = {}
+        self._pids: dict[int, int] = {}
         self._is_due = False
 
     # --- in
@@ -327,6 +332,12 @@ class Admission:
         self.ledger.grow(slots)
         self._pace.grow(slots)
 
+    def learn(self, choice: Choice, body_bytes: int, answer: bytes) -> None:
+        """A whole answer tells how many tokens its prompt had."""
+        usage = _PROMPT_TOKENS.search(answer, max(0, len(answer) - _USAGE_WITHIN))
+        if usage is not None:
+            self.ledger.learn(choice.decode.facts.model, body_bytes, int(usage[1]))
+
     # --- out
 
     def taken_back(self, slot: int, tokens: int) -> None:
@@ -350,6 +361,9 @@ class Admission:
         for engine in engines:
             if engine.load is not self._loads.get(engine.slot):
                 self._loads[engine.slot] = engine.load
+                if self._pids.get(engine.slot, engine.address.pid) != engine.address.pid:
+                    self.ledger.forget(engine.slot)
+                self._pids[engine.slot] = engine.address.pid
                 self.ledger.note_report(engine.slot, engine.load)
         self.look_soon()
 

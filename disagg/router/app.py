@@ -196,6 +196,8 @@ class PublicListener:
         attempt = await self._owner.run(job, lambda attempt, _number: WholeLeg(attempt), client)
         leg = attempt.decode_leg
         assert isinstance(leg, WholeLeg)
+        if job.request.prompts is None:
+            self._owner.learn(attempt.choice, job.body_bytes, leg.body)
         client.send_whole(200, leg.body, choice=attempt.choice, attempt=job.attempts)
         attempt.decode_leg = None  # leg and attempt know each other: without this only the garbage collector would free the answer
 

@@ -209,7 +209,16 @@ class Attempt:
         age_s = now - handoff.history[0][0]
         for engine, lives in ((prefill, handoff.prefill_live), (decode, handoff.decode_live)):
             if engine is not None and (lives or is_connecting):
-                yield Hold(self.request_id, tuple(self.rids), engine.id, engine.address.role, handoff.state, age_s, requests=self.asked)
+                yield Hold(
+                    self.request_id,
+                    tuple(self.rids),
+                    engine.id,
+                    engine.address.role,
+                    handoff.state,
+                    age_s,
+                    tokens=self.promise.tokens(engine.slot),
+                    requests=self.asked,
+                )
 
     def handle(self, event: Event) -> None:
         """Feeds the machine and does what it says."""

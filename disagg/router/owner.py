@@ -111,6 +111,10 @@ class Owner:
         """True when a pair may serve this request; a pair must never see ``n > 1``."""
         return self._view().may_pair(request.model)
 
+    def learn(self, choice: Choice, body_bytes: int, answer: bytes) -> None:
+        """A whole answer tells how many tokens its prompt had."""
+        self._admission.learn(choice, body_bytes, answer)
+
     def changed(self) -> None:
         """Engines came, went or reported: those who wait look anew."""
         self._admission.changed()
