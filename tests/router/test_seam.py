@@ -220,6 +220,49 @@ def test_a_long_answer_whose_end_comes_when_the_journal_was_just_folded(route: R
             assert_same(route, body, engine, (limit // 2, len(engine.events(route, body)) - limit // 2 - back), whole, events)
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_long_stop_string_may_hold_back_many_tokens(route: Route) -> None:
+    """Each `a` may begin it, so thirty of them are told late; the ids behind them are computed again, not guessed from the text."""
+    engine = FunctionEngine(Vocabulary(["a", "aa"]), with_ids=True, holds_back=True, eos_of=10**6)
+    only = tuple(engine.vocabulary.by_bytes[p] for p in (b"a", b"aa"))
+    engine.vocabulary.after = lambda _unfinished: only  # type: ignore[assignment]
+    body = body_of(route, limit=60, stop="a" * 30 + "b", prompt="a")
+    events = engine.events(route, body)
+    for cut in range(1, len(events), 4):
+        assert_same(route, body, engine, (cut,), Heard(route, events), events)
+
+
+def test_an_answer_that_fills_the_context_ends_there() -> None:
+    engine = FunctionEngine(VOCABULARY, with_ids=True, context=40, eos_of=10**6)
+    for route, body in ((CHAT, body_of(CHAT, limit=None)), (GENERATE, body_of(GENERATE, limit=None, max_new_tokens=None))):
+        events = engine.events(route, body)
+        for cuts in all_cuts(len(events)):
+            assert_same(route, body, engine, cuts, Heard(route, events), events)
+
+
+def test_usage_of_an_answer_that_a_stop_string_across_the_seam_ends() -> None:
+    """A says `st`, B says `op`: the role and what is empty are no tokens."""
+    engine = FunctionEngine(PURE, with_ids=False)
+    stream = stream_of(CHAT, body_of(CHAT, stop="stop"), engine)
+    spoken(stream, [chat_event({"role": "assistant", "content": ""}), chat_event({"content": "ast"})], at_once=1, framed=False)
+    ran(stream.go_on(engine.ask))
+    seam = stream._seam
+    assert seam is not None
+    said = [seam.rewrite(chat_event(d)) for d in ({"role": "assistant", "content": ""}, {"content": "o"}, {"content": "p"})]
+    last = parse_event(said[-1])
+    assert seam.stopped == "stop"
+    assert last is not None
+    assert (last["choices"][0]["delta"]["content"], last["choices"][0]["finish_reason"]) == ("", "stop")
+    usage = parse_event(seam.closing())
+    assert usage is not None
+    assert usage["usage"]["completion_tokens"] == len(PURE.encode("ast")) + 2
+
+
+def chat_event(delta: dict[str, Any]) -> bytes:
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
+    return b"data: " + msgspec.json.encode({"id": "x", "created": 1, "model": "m", "choices": [choice]}) + b"\n\n"
+
+
 def test_a_prompt_that_ends_inside_of_a_character() -> None:
     engine = FunctionEngine(VOCABULARY, with_ids=True, seed=3)
     ids = [*VOCABULARY.encode("ab"), VOCABULARY.by_bytes["é".encode()[:1]]]
