@@ -203,6 +203,8 @@ class Owner:
         """Tells whose fault it was, and returns whether another attempt may do better."""
         choice = attempt.choice
         verdict = judge(error, paired=choice.prefill is not None, first_token_seen=attempt.first_token_at > 0)
+        if attempt.moved:
+            return True  # its engine leaves in good health
         if attempt.is_stale:
             return True  # the engine had closed an idle connection: nothing was sent, and nobody is to blame
         blamed = attempt.blamed_engines()
@@ -224,7 +226,7 @@ class Owner:
         """Finds out whether an engine died under this attempt: then the request is a suspect before it goes to another."""
         trial, stream = run.job.trial, run.stream
         assert trial is not None
-        for engine in attempt.broken:
+        for engine in attempt.broken if not attempt.moved else ():
             if await self._is_dead(engine, STALE_FATE_S if attempt.is_stale else FATE_S):
                 trial.engine_died(engine.id, stream.journal.events if stream is not None else 0)
         trial.end()
