@@ -88,6 +88,7 @@ class Attempt:
         lost: the engines that were lost under it.
         may_move: set by an owner who can have the rest of it made on other engines; says whether that is so now.
         moved: it was ended for that reason, which is nobody's fault.
+        on_handed_over: called when its prompt is read and handed over.
         on_prefill_answer: called with prefill's whole body when it ended with success.
         on_wake: called by the waiting task each time it wakes; takes what an `EventLeg` has collected.
         request_id: whose attempt it is.
@@ -112,6 +113,7 @@ class Attempt:
         "lost",
         "may_move",
         "moved",
+        "on_handed_over",
         "on_prefill_answer",
         "on_wake",
         "owner",
@@ -147,6 +149,7 @@ class Attempt:
         self.finished = False
         self.stalled = False
         self.error: DisaggError | None = None
+        self.on_handed_over: Callable[[], None] | None = None
         self.on_prefill_answer: Callable[[bytes], None] | None = None
         self.on_wake: Callable[[], None] | None = None
         self._waiter: asyncio.Future[None] | None = None

@@ -409,7 +409,7 @@ def _engine_error(error: EngineRefusedError) -> dict[str, Any] | None:
 
 # What an engine puts into a stream when it fails: an error object, or on SGLang's native route an answer that was aborted. Inside of JSON
 # strings quotes are escaped, so model text cannot look like either.
-FAILURES = (b'data: {"error"', b'"type":"abort"')
+FAILURES = (b'data: {"error"', b':"abort"')
 
 
 def may_hold_failure(events: bytes) -> bool:
@@ -468,6 +468,14 @@ def _failure(event: bytes) -> EngineRefusedError | None:
         return EngineRefusedError(str(error.get("message")), status=status, body=msgspec.json.encode({"error": error}))
     if isinstance(error, str) and error:
         return EngineRefusedError(error, status=502, body=msgspec.json.encode({"error": {"message": error}}))
+    return _abort(value)
+
+
+def _abort(value: dict[str, Any]) -> EngineRefusedError | None:
+    """SGLang ends what it aborts like a good answer, but for the reason."""
+    choices = value.get("choices")
+    if isinstance(choices, list) and any(isinstance(c, dict) and c.get("finish_reason") == "abort" for c in choices):
+        return EngineRefusedError("the engine aborted the request", status=500)
     info = value.get("meta_info")
     finish = info.get("finish_reason") if isinstance(info, dict) else None
     if not isinstance(finish, dict) or finish.get("type") != "abort":

@@ -6,8 +6,8 @@
           └─────────────────┴── the client has heard something: the rest is asked for (see `seam`), or the stream ends with an error
 
 The first failure of either leg ends the attempt (the handoff aborts the other one), and nobody but the owner makes another. A request
-is made again at most twice, and no more than a fifth of what is in flight is being made again at a time, so that faults do not multiply
-the load.
+is made again at most twice, and the prompts of no more than a fifth of what is in flight are being read again at a time, so that faults do
+not multiply the load: others wait their turn.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from disagg.errors import DeadlineError, DisaggError, EngineError, EngineRefused
 from disagg.model import Choice, ClusterView, EngineAddress, EngineId, EngineView
 from disagg.observe.metrics import RouterMetrics
 from disagg.policy.blame import Ledger
-from disagg.policy.replay import Blame, ReplayBudget, judge
+from disagg.policy.replay import PER_REQUEST, Blame, ReplayBudget, judge
 from disagg.policy.route import pool_of
 from disagg.router.admission import Admission, Promise
 from disagg.router.attempt import Attempt
@@ -151,13 +151,14 @@ class Owner:
                     return attempt
         finally:
             trial.end()
-            for _ in range(run.replays):
-                self._budget.give_back()
+            self._give_back(run)
 
     async def _attempt(self, run: _Run, leg: LegFactory, client: Client) -> Attempt:
         job = run.job
         attempt = self._relay.attempt(job, await self._engines(run))
         attempt.may_move = run.may_move
+        if run.has_budget:
+            attempt.on_handed_over = lambda: self._give_back(run)
         trial = job.trial
         assert trial is not None
         proof = self._spawn(self._on_trial(trial, run.stream), "trial of a suspect") if trial.is_suspect else None
@@ -165,6 +166,7 @@ class Owner:
             await self._relay.send(attempt, job, leg)
             await self._relay.outcome(attempt, client)
         finally:
+            self._give_back(run)
             if proof is not None:
                 proof.cancel()
             attempt.client_left()  # does nothing once the attempt is final; a cancelled handler ends up here
@@ -185,7 +187,9 @@ class Owner:
         if attempt.moved:
             pass  # its engine is about to leave in good health: no fault that could multiply
         elif attempt.sent:
-            self._take_from_budget(run, error)
+            if run.replays >= PER_REQUEST:
+                raise error
+            run.wants_budget = True
         else:
             run.unsent += 1
             if run.unsent >= UNSENT_LIMIT:
@@ -214,11 +218,25 @@ class Owner:
                 self._relay.pace.timed_out(slot)
         return verdict.replay
 
-    def _take_from_budget(self, run: _Run, error: DisaggError) -> None:
-        if why := self._budget.take(replayed=run.replays, in_flight=self._metrics.inflight):
-            self._log.warning("a request is not made again", request=run.job.record.request_id, why=why)
-            raise error
+    async def _take_from_budget(self, run: _Run) -> None:
+        """Waits until a replay fits into the budget: when an engine dies, what ran on it is not sent to the others all at once."""
+        until = self._relay.clock() + SUSPECT_WAIT_S
+        while why := self._budget.take(replayed=run.replays, in_flight=self._metrics.inflight):
+            left_s = until - self._relay.clock()
+            if left_s <= 0:
+                assert run.last_error is not None
+                self._log.warning("a request is not made again", request=run.job.record.request_id, why=why)
+                raise run.last_error
+            await self._change(left_s)
         run.replays += 1
+        run.wants_budget, run.has_budget = False, True
+
+    def _give_back(self, run: _Run) -> None:
+        """Its prompt is read anew, or it ended: others may be made again."""
+        if run.has_budget:
+            run.has_budget = False
+            self._budget.give_back()
+            self._wake()
 
     # --- engines that died
 
@@ -301,6 +319,9 @@ class Owner:
         trial = run.job.trial
         assert trial is not None
         exclude = await self._until_possible(run) if run.avoid or trial.shut() else ()
+        if run.wants_budget:
+            await self._take_from_budget(run)
+            exclude = await self._until_possible(run)  # which it was, a moment ago
         return await self._admission.enter(run.job, exclude, again=run.last_error is not None)
 
     async def _until_possible(self, run: _Run) -> Collection[EngineId]:
@@ -347,6 +368,8 @@ class _Run:
         self.unsent = 0
         self.avoid: dict[EngineId, tuple[EngineAddress, float]] = {}
         self.others_only = False
+        self.wants_budget = False
+        self.has_budget = False
         self.last_error: DisaggError | None = None
 
     def may_move(self) -> bool:

@@ -478,6 +478,8 @@ class Relay:
             prefill_slot = choice.prefill.slot if choice.prefill is not None else None
             self.pace.first_token(prefill_slot, choice.decode.slot, work, now - attempt.sent_at)
         self._on_handed_over(choice)
+        if attempt.on_handed_over is not None:
+            attempt.on_handed_over()
 
     def settled(self, attempt: Attempt) -> None:
         """No engine works for this attempt any more."""

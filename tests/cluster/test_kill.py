@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import os
 import signal
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -139,20 +138,12 @@ async def test_kill(session: aiohttp.ClientSession, six: Cluster, victim: str, p
         pair = await watched.until_in(phase)
         assert not asking.done()
         os.kill(pair[victim]["pid"], signal.SIGKILL)
-        killed_at = time.monotonic()
-        survivor = pair["decode" if victim == "prefill" else "prefill"]
         harmless = victim == "prefill" and phase == "decode"
-        if not harmless:  # else the survivor decodes on, as it should
-
-            async def is_free() -> bool:
-                return holds_nothing(await load_of(session, survivor)) or time.monotonic() - killed_at > BOUND_S + 1
-
-            await until(is_free, ANSWER_LIMIT_S)
         async with asyncio.timeout(ANSWER_LIMIT_S):
             status, headers, body = await asking
     assert status == 200, body
     if not stream:
-        assert headers["x-disagg-attempts"] == ("1" if harmless else "2")
+        assert (headers["x-disagg-attempts"] == "1") is harmless
     _, _, uncut = await ask(session, six, stream=stream, seed=seed)
     assert told(body, stream=stream) == told(uncut, stream=stream)
     assert len(told(body, stream=stream)["ids"]) == TOKENS

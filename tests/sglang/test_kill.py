@@ -86,7 +86,7 @@ def works(cluster: Cluster) -> None:
     with cluster.without("u"):
         asking = Asking(cluster, 60, 4, 999)
         asking.run()
-        assert asking.ended_well
+        assert asking.ended_well, (asking.status, asking.text[-600:])
 
 
 def test_decode_is_killed_in_mid_stream(cluster: Cluster) -> None:
@@ -100,7 +100,7 @@ def test_decode_is_killed_in_mid_stream(cluster: Cluster) -> None:
     pid = kill(cluster, "d")
     took = until(lambda: not cluster.held("p"), 10.0)
     asking.join(60)
-    assert asking.ended_well
+    assert asking.ended_well, (asking.status, asking.text[-600:])
     assert asking.last["text"] == uncut.last["text"]
     assert asking.last["output_ids"] == uncut.last["output_ids"]
     assert asking.last["meta_info"]["completion_tokens"] == 600
@@ -120,7 +120,7 @@ def test_a_chat_goes_on_in_text_where_its_decode_engine_is_killed(cluster: Clust
     before = asking.said()
     pid = kill(cluster, "d")
     asking.join(60)
-    assert asking.ended_well
+    assert asking.ended_well, (asking.status, asking.text[-600:])
     assert before
     assert asking.said().startswith(before)
     assert len({e["id"] for e in asking.events()}) == 1
@@ -139,7 +139,7 @@ def test_prefill_is_killed_in_mid_prefill(cluster: Cluster) -> None:
         until(lambda: bool(cluster.held("d")), 30.0)
     pid = kill(cluster, "p")
     asking.join(60)
-    assert asking.ended_well
+    assert asking.ended_well, (asking.status, asking.text[-600:])
     until(lambda: cluster.held("d").keys() <= {"num_used_tokens"}, FREE_WITHIN_S)
     kept = cluster.held("d").get("num_used_tokens", 0)
     if kept:
@@ -161,7 +161,7 @@ def test_an_agent_is_killed_and_its_engine_serves_on(cluster: Cluster) -> None:
         until(lambda: asking.text.count("data:") > 3, 30.0)
         cluster.hosts["d"].end(signal.SIGKILL)
         asking.join(60)
-        assert asking.ended_well
+        assert asking.ended_well, (asking.status, asking.text[-600:])
         cluster.start_host("d", "decode", *ENGINE, *PLAIN_JSON)
         until(lambda: cluster.host("d")["incarnation"] > 1 and cluster.engine("d")["state"] == "ready", 20.0)
         assert cluster.engine("d")["pid"] == pid
