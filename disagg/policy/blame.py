@@ -15,7 +15,7 @@ switches.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping
 
 from disagg.model import EngineId
@@ -55,7 +55,7 @@ class Ledger:
         self._limit = strikes
         self._kept = kept
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
-        self._unproved: dict[EngineId, Counter[int]] = {}
+        self._unproved: dict[EngineId, dict[int, int]] = {}
         self._tried: dict[EngineId, set[int]] = {}  # of these, the suspects: newcomers look at this only, and it is usually empty
         self.history: list[tuple[float, str]] = []
 
@@ -66,8 +66,8 @@ class Ledger:
         for engine in engines:
             running = self._unproved.get(engine)
             if running is None:
-                running = self._unproved[engine] = Counter()
-            running[fingerprint] += 1
+                running = self._unproved[engine] = {}
+            running[fingerprint] = running.get(fingerprint, 0) + 1
             if fingerprint in self._entries:
                 self._tried.setdefault(engine, set()).add(fingerprint)
 
@@ -75,14 +75,15 @@ class Ledger:
         """It runs there no longer, and that proves nothing: it was aborted, or failed."""
         for engine in engines:
             running = self._unproved[engine]
-            running[fingerprint] -= 1
-            if not running[fingerprint]:
-                del running[fingerprint]
-                self._tried.get(engine, set()).discard(fingerprint)
-            if not running:
-                del self._unproved[engine]
-            if not self._tried.get(engine, True):
-                del self._tried[engine]
+            left = running[fingerprint] - 1
+            if left:
+                running[fingerprint] = left
+                continue
+            del running[fingerprint]
+            if engine in self._tried:
+                self._tried[engine].discard(fingerprint)
+                if not self._tried[engine]:
+                    del self._tried[engine]
 
     def proved(self, fingerprint: int, engines: Iterable[EngineId]) -> None:
         """It got further than `past` says, or came to its end; `ended` is not needed then."""
@@ -159,6 +160,8 @@ class Ledger:
 
     def shut(self, fingerprint: int, now: float, *, patient: bool = True) -> tuple[EngineId, ...]:
         """All engines that are closed to it: what is not to be chosen. Usually none, and then this costs nothing."""
+        if not self._tried and fingerprint not in self._entries:
+            return ()
         places = self._unproved if self.is_suspect(fingerprint, now) else self._tried
         return tuple(engine for engine in places if self._shuts(fingerprint, engine, now, patient=patient))
 
@@ -176,7 +179,7 @@ class Ledger:
         """Asserts what is always true."""
         assert len(self._entries) <= self._kept
         assert all(0 < entry.strikes <= self._limit for entry in self._entries.values())
-        assert all(running and all(count > 0 for count in running.values()) for running in self._unproved.values())
+        assert all(all(count > 0 for count in running.values()) for running in self._unproved.values())
         assert all(tried and tried <= self._unproved[engine].keys() for engine, tried in self._tried.items())
 
     def __repr__(self) -> str:

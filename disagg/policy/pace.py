@@ -209,11 +209,15 @@ class Pace:
         cap, rate = self._caps.first_token_s, self.byte_s(reader)
         work = self._queued[reader] + prompt_bytes
         size = _size(work)
-        peaks = [max(both) for both in zip(self._peaks[reader], self._old_peaks[reader], strict=True)]
-        if rate is None or not any(peaks[max(0, size - 1) :]):
+        if rate is None:
+            return cap
+        peaks, old = self._peaks[reader], self._old_peaks[reader]
+        near = max(0, size - 1)
+        if not (any(peaks[near:]) or any(old[near:])):
             return cap
         patience = max(self._patience[reader], self._patience[decode])
-        return min(cap, max(FLOOR_S, TIMES_FIRST_TOKEN * rate * work, *peaks[: size + 1]) * patience)
+        longest = max(*peaks[: size + 1], *old[: size + 1])
+        return min(cap, max(FLOOR_S, TIMES_FIRST_TOKEN * rate * work, longest) * patience)
 
     def _between_s(self, decode: int) -> float:
         cap, step = self._caps.between_tokens_s, self.step_s(decode)

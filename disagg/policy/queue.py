@@ -42,6 +42,7 @@ RETRY_LIMIT_S = 60
 
 _LOOK = 8  # so many behind a blocked head are tried
 _FEWEST_RELEASES = 4
+_RATE_STEP_S = 0.01
 _HISTORY = 256
 
 
@@ -274,7 +275,7 @@ class _Level:
 class _Rate:
     """Tokens released per second, over the time in which somebody waited, weighted by how long ago that was."""
 
-    __slots__ = ("_at", "_full", "_full_s", "_recent", "_releases", "_service_s", "known")
+    __slots__ = ("_at", "_full", "_full_s", "_recent", "_releases", "_service_s", "_was_full", "known")
 
     def __init__(self) -> None:
         self._at = -inf
@@ -283,6 +284,7 @@ class _Rate:
         self._full_s = 0.0
         self._releases = 0
         self._service_s = 1.0
+        self._was_full = False
         self.known = False
 
     @property
@@ -291,9 +293,12 @@ class _Rate:
 
     def advance(self, now: float, *, full: bool) -> None:
         """Time passes, in which the engines were full or not."""
-        passed = max(0.0, now - self._at) if self._at > -inf else 0.0
+        passed = now - self._at
+        if passed < _RATE_STEP_S and full is self._was_full:
+            return  # requests come and go by thousands in a second
+        self._was_full = full
         self._at = max(now, self._at)
-        if not passed:
+        if not 0.0 < passed < inf:
             return
         kept = exp(-passed / self._memory_s)
         self._recent *= kept

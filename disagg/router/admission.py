@@ -180,7 +180,7 @@ class Admission:
         if not len(queue):
             promise = self._try(wanting, exclude)
             if promise is not None:
-                promise.entry = self._entry(wanting, None, again=again)
+                promise.entry = self._entry(wanting, None, promise.tokens(promise.choice.decode.slot), again=again)
                 promise.queue = queue
                 queue.admit(promise.entry, now=self._clock())
                 self._on_waited(0.0)
@@ -206,7 +206,7 @@ class Admission:
 
     async def _wait(self, queue: Queue, wanting: Wanting, exclude: Collection[EngineId], *, again: bool) -> Promise:
         waiter = _Waiter(wanting, exclude, self._loop.create_future())
-        entry = self._entry(wanting, waiter, again=again)
+        entry = self._entry(wanting, waiter, self._cost(wanting), again=again)
         self._send_away(queue.offer(entry, now=self._clock(), jitter=self._chance()))
         try:
             self._pump(queue)
@@ -219,13 +219,13 @@ class Admission:
             if entry.place is Place.WAITING:
                 queue.leave(entry, now=self._clock(), served=False)
 
-    def _entry(self, wanting: Wanting, waiter: _Waiter | None, *, again: bool) -> Entry:
+    def _entry(self, wanting: Wanting, waiter: _Waiter | None, tokens: int, *, again: bool) -> Entry:
         deadline = wanting.deadline_at
         return Entry(
             waiter,
             user=wanting.user,
             priority=wanting.priority,
-            tokens=self._cost(wanting),
+            tokens=tokens,
             size=wanting.body_bytes,
             arrived_at=self._clock() if again else wanting.arrived_at,
             deadline_at=inf if deadline is None else deadline,
@@ -278,9 +278,11 @@ class Admission:
             exclude = [*exclude, *shut]
         try:
             choice = self._choose(wanting, exclude)
-            limit = choice.decode.facts.context_tokens
-            decode_tokens = self._cost(wanting, limit)
-            prefill_tokens = self.ledger.prompt_tokens(choice.decode.facts.model, wanting.body_bytes, limit)
+            facts = choice.decode.facts
+            decode_tokens = self._cost(wanting, facts.context_tokens)
+            prefill_tokens = 0
+            if choice.prefill is not None:
+                prefill_tokens = self.ledger.prompt_tokens(facts.model, wanting.body_bytes, facts.context_tokens)
             if self._full(choice, prefill_tokens, decode_tokens):
                 choice = self._choose(wanting, [*exclude, *self._all_full(wanting, prefill_tokens, decode_tokens)])
         except NoCapacityError:

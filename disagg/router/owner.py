@@ -93,7 +93,7 @@ class Owner:
         self._crashes = Ledger()
         self._spawn = spawn
         self._log = log
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._waiting: dict[asyncio.Future[None], None] = {}  # in the order of their coming: a set's would differ from run to run
 
     def check(self, request: ClientRequest) -> None:
         """Looks whether a request could be served at all, before any work is done for it.
@@ -121,7 +121,7 @@ class Owner:
         self._wake()
 
     def _wake(self) -> None:
-        for waiter in self._waiting:
+        for waiter in list(self._waiting):
             if not waiter.done():
                 waiter.set_result(None)
 
@@ -245,7 +245,8 @@ class Owner:
         trial, stream = run.job.trial, run.stream
         assert trial is not None
         for engine in attempt.broken if not attempt.moved else ():
-            if await self._is_dead(engine, STALE_FATE_S if attempt.is_stale else FATE_S):
+            limit_s = 0.0 if engine.id in attempt.lost else STALE_FATE_S if attempt.is_stale else FATE_S  # who is lost was judged already
+            if await self._is_dead(engine, limit_s):
                 trial.engine_died(engine.id, stream.journal.events if stream is not None else 0)
         trial.end()
         trial.check()
@@ -346,11 +347,11 @@ class Owner:
 
     async def _change(self, limit_s: float) -> None:
         waiter: asyncio.Future[None] = self._relay.loop.create_future()
-        self._waiting.add(waiter)
+        self._waiting[waiter] = None
         try:
             await asyncio.wait([waiter], timeout=max(0.0, limit_s))
         finally:
-            self._waiting.discard(waiter)
+            self._waiting.pop(waiter, None)
 
 
 class _Run:
