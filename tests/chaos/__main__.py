@@ -62,11 +62,24 @@ async def main(options: argparse.Namespace) -> int:
     return 1 if report.broken else 0
 
 
-if __name__ == "__main__":
+def first(error: BaseException) -> BaseException:
+    """The first error of a group of groups."""
+    return first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
+
+
+def command() -> int:
+    """Parses, runs, and says in one sentence why a run cannot be made."""
+    options = parse(sys.argv[1:])
     try:
-        sys.exit(uvloop.run(main(parse(sys.argv[1:]))))
-    except (TownError, LoadError) as error:
-        say(str(error))
-        sys.exit(1)
+        return uvloop.run(main(options))
     except (KeyboardInterrupt, asyncio.CancelledError):
-        sys.exit(130)
+        return 130
+    except (TownError, LoadError, ExceptionGroup) as error:
+        if not isinstance(cause := first(error), TownError | LoadError):
+            raise
+        say(str(cause))
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(command())

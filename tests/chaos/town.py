@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import httpx2
 
 from tests.chaos.judge import Away
 from tests.engines import EngineProcess, launch_engine
@@ -266,7 +267,7 @@ async def running_town(folder: Path, clock: Callable[[], float]) -> AsyncIterato
         site = Site(folder)
         town = Town(site, session, clock)
         stack.callback(_sweep, folder)
-        stack.callback(site.close)
+        stack.callback(_close, site)
         for name, role in GIVEN.items():
             http, bootstrap = free_port(), free_port()
             front = await stack.enter_async_context(Proxy(http).running())
@@ -282,6 +283,11 @@ async def running_town(folder: Path, clock: Callable[[], float]) -> AsyncIterato
         if unready := await town.settle(READY_LIMIT_S):
             raise TownError(f"not every engine came up: {unready}; see {folder}")
         yield town
+
+
+def _close(site: Site) -> None:
+    with contextlib.suppress(httpx2.TransportError):  # the router may not be there: then they are swept away
+        site.close()
 
 
 def _sweep(folder: Path) -> None:
