@@ -174,6 +174,16 @@ def test_the_last_of_a_role_stays_whatever_it_does() -> None:
     assert rig.out == {D0}
 
 
+def test_a_unified_engine_is_no_last_one_where_pairs_serve() -> None:
+    rig = Rig(1, 1, 1)
+    unified = name(U, 0)
+    rig.fault(unified, 0.0, 0.0, 0.0)
+    assert rig.out == {unified}
+    alone = Rig(0, 0, 1)
+    alone.fault(unified, 0.0, 0.0, 0.0)
+    assert alone.out == set()
+
+
 def test_what_becomes_the_last_one_is_used_again() -> None:
     rig = Rig(1, 2)
     rig.fault(D0, 0.0, 0.0, 0.0)

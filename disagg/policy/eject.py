@@ -247,7 +247,7 @@ class Ejector:
         assert all(p in self._engines and d in self._engines for p, d in self._cuts)
         assert all(e.out_for_s <= OUT_MAX_S for e in self._engines.values())
         for pool in self._pools:
-            assert all(not role or not all(self._is_out(e.id) for e in role) for role in _roles(pool)), "a whole role is out"
+            assert all(not role or not all(self._is_out(e.id) for e in role) for role in _needed(pool)), "a whole role is out"
             assert self._serves(pool) or not pool.can_serve, "no pair is left of those that could serve"
 
     def __repr__(self) -> str:
@@ -435,8 +435,8 @@ class Ejector:
         return engine is not None and engine.out_until is not None
 
     def _stands(self, pool: Pool) -> bool:
-        """Each role has an engine, and requests can be served, as far as they could be without any measure."""
-        return all(not role or not all(self._is_out(e.id) for e in role) for role in _roles(pool)) and (
+        """Each role that is needed has an engine, and requests can be served, as far as they could be without any measure."""
+        return all(not role or not all(self._is_out(e.id) for e in role) for role in _needed(pool)) and (
             self._serves(pool) or not pool.can_serve
         )
 
@@ -454,10 +454,10 @@ class Ejector:
         return commands
 
     def _release(self, pool: Pool, now: float) -> Command:
-        members = [e.id for role in _roles(pool) if role and all(self._is_out(e.id) for e in role) for e in role]
+        members = [e.id for role in _needed(pool) if role and all(self._is_out(e.id) for e in role) for e in role]
         members = members or [e.id for role in _roles(pool) for e in role if self._is_out(e.id)]
         cuts = [pair for pair in _pairs(pool) if pair in self._cuts]
-        if cuts and not any(all(self._is_out(e.id) for e in role) for role in _roles(pool) if role):
+        if cuts and not any(all(self._is_out(e.id) for e in role) for role in _needed(pool) if role):
             pair = min(cuts, key=lambda pair: self._cuts[pair].until)
             del self._cuts[pair]
             return Changed(f"{pair[0]} is paired with {pair[1]} again: no other pair is left")
@@ -472,6 +472,11 @@ def _sentence(out_for_s: float, why: str) -> str:
 
 def _due(cut: _Cut) -> float:
     return cut.until if cut.probing_since is None else cut.probing_since + PROBE_LOST_S
+
+
+def _needed(pool: Pool) -> tuple[tuple[EngineView, ...], ...]:
+    """The roles that must not be empty: unified engines can all be spared where pairs serve."""
+    return (pool.prefill, pool.decode) if pool.can_pair else _roles(pool)
 
 
 def _roles(pool: Pool) -> tuple[tuple[EngineView, ...], ...]:
