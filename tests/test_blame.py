@@ -7,7 +7,7 @@ import random
 import pytest
 
 from disagg.model import EngineId
-from disagg.policy.blame import BLOCKED_S, MARGIN, STRIKE_KEPT_S, Ledger
+from disagg.policy.blame import BLOCKED_S, MARGIN, SAME_DEATH_S, STRIKE_KEPT_S, Ledger
 
 A, B, C = EngineId("a"), EngineId("b"), EngineId("c")
 POISON, GOOD, OTHER = 1, 2, 3
@@ -204,3 +204,16 @@ def test_without_the_ledger_poison_kills_engine_after_engine() -> None:
     with pytest.raises(AssertionError, match="waits for ever"):
         walk.run([*innocents(), POISON])
     assert walk.deaths[POISON] > 100
+
+
+def test_one_death_is_one_strike_however_many_copies_of_a_request_it_struck() -> None:
+    ledger = Ledger()
+    assert [ledger.died(A, {GOOD: 0}, at, process=1) for at in (0.0, 0.1, SAME_DEATH_S - 0.1)] == [[], [], []]
+    assert ledger.blocked(GOOD, 1.0) == 0.0
+    assert ledger.died(A, {GOOD: 0}, 1.0, process=2) == [GOOD], "the process that took its place died, too"
+
+
+def test_what_dies_again_at_the_same_place_much_later_died_again() -> None:
+    ledger = Ledger()
+    ledger.died(A, {POISON: 0}, 0.0, process=1)
+    assert ledger.died(A, {POISON: 0}, SAME_DEATH_S, process=1) == [POISON]

@@ -23,6 +23,7 @@ from disagg.model import EngineId
 STRIKES = 2
 BLOCKED_S = 600.0
 STRIKE_KEPT_S = 600.0
+SAME_DEATH_S = 5.0
 KEPT = 10_000
 MARGIN = 8
 """Tokens that an engine may have made without the router having seen them when it died."""
@@ -32,10 +33,12 @@ HISTORY_LIMIT = 64
 class _Entry:
     """What a fingerprint did."""
 
-    __slots__ = ("past", "strikes", "until")
+    __slots__ = ("death", "past", "strikes", "struck_at", "until")
 
     def __init__(self) -> None:
         self.strikes = 0
+        self.death: object = None
+        self.struck_at = 0.0
         self.past = 0
         self.until = 0.0
 
@@ -92,7 +95,7 @@ class Ledger:
         if entry is not None and entry.strikes < self._limit:
             del self._entries[fingerprint]
 
-    def died(self, engine: EngineId, in_flight: Mapping[int, int], now: float) -> list[int]:
+    def died(self, engine: EngineId, in_flight: Mapping[int, int], now: float, *, process: object = None) -> list[int]:
         """A process died.
 
         Args:
@@ -100,12 +103,15 @@ class Ledger:
             in_flight: the requests that ran there, by fingerprint, with the tokens that each had been seen to give, 0 before the first.
                 Those that were proved since count like those that were not: they may have crashed it further on.
             now: when.
+            process: what tells it from the one that was there before; told again within `SAME_DEATH_S`, for another copy of a request, it
+                is the same death. None: it is another one each time.
 
         Returns:
             The fingerprints that are blocked by that.
         """
         suspects = sum(self.is_suspect(fingerprint, now) for fingerprint in in_flight)
-        blocked = [fingerprint for fingerprint, tokens in in_flight.items() if self._strike(fingerprint, tokens, now)]
+        death = None if process is None else (engine, process)
+        blocked = [fingerprint for fingerprint, tokens in in_flight.items() if self._strike(fingerprint, tokens, now, death)]
         for place, running in self._unproved.items():
             if copies := in_flight.keys() & running.keys():
                 self._tried.setdefault(place, set()).update(copies)
@@ -114,10 +120,13 @@ class Ledger:
         del self.history[:-HISTORY_LIMIT]
         return blocked
 
-    def _strike(self, fingerprint: int, tokens: int, now: float) -> bool:
+    def _strike(self, fingerprint: int, tokens: int, now: float, death: object) -> bool:
         entry = self._entries.get(fingerprint)
         if entry is None or entry.until <= now:
             entry = self._entries[fingerprint] = _Entry()
+        if death is not None and entry.death == death and now - entry.struck_at < SAME_DEATH_S:
+            return entry.strikes >= self._limit
+        entry.death, entry.struck_at = death, now
         entry.strikes += 1
         entry.past = tokens + MARGIN if tokens else 0
         is_blocked = entry.strikes >= self._limit

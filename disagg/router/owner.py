@@ -247,7 +247,7 @@ class Owner:
         for engine in attempt.broken if not attempt.moved else ():
             limit_s = 0.0 if engine.id in attempt.lost else STALE_FATE_S if attempt.is_stale else FATE_S  # who is lost was judged already
             if await self._is_dead(engine, limit_s):
-                trial.engine_died(engine.id, stream.journal.events if stream is not None else 0)
+                trial.engine_died(engine, stream.journal.events if stream is not None else 0)
         trial.end()
         trial.check()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 from disagg.errors import CrashedError
-from disagg.model import EngineId
+from disagg.model import EngineId, EngineView
 from disagg.policy.blame import Ledger
 
 PATIENCE_S = 2.0
@@ -77,11 +77,11 @@ class Trial:
             self._ledger.ended(self.fingerprint, engines)
             self._on_room()
 
-    def engine_died(self, engine: EngineId, tokens: int) -> None:
+    def engine_died(self, engine: EngineView, tokens: int) -> None:
         """The process died under it.
 
         Args:
-            engine: whose.
+            engine: as it was chosen.
             tokens: that it had been seen to give.
         """
-        self._ledger.died(engine, {self.fingerprint: tokens}, self._clock())
+        self._ledger.died(engine.id, {self.fingerprint: tokens}, self._clock(), process=engine.address)

@@ -83,13 +83,8 @@ async def unreachable(cluster: Cluster, victim: str, begin: Callable[[], None], 
     sent = [a for a in await load.attempts() if victim in a.engines]
     assert max(a.began_at for a in sent) - at <= NO_NEW_WORK_S + MARGIN_S
     assert max(a.ended_at for a in sent if a.began_at > at) - at <= NO_NEW_WORK_S + CONNECT_S + MARGIN_S
-    if HOSTS[victim] == "decode":
-        assert all(a.ended_at - at <= DEAD_S + MARGIN_S and "lost" in a.error and not a.done for a in struck)
-        assert [a for a in load.answers if a not in struck and not cluster.is_whole(a)] == []
-    else:
-        assert all(cluster.is_whole(a) for a in struck)  # what prefill has handed over is decode's alone
-        failed = [a for a in load.answers if not cluster.is_whole(a)]
-        assert all(0 < a.sent_at - at < NO_NEW_WORK_S + MARGIN_S and "KV transfer failed" in a.error for a in failed)
+    assert struck
+    assert [a for a in load.answers if not cluster.is_whole(a)] == []  # what was begun goes on elsewhere
     await cluster.healed()
 
 
@@ -152,10 +147,8 @@ async def test_an_engine_is_killed(cluster: Cluster, victim: str) -> None:
         await watch.until(lambda g: g.all_ready, f"{victim} was started again", 10)
     assert watch.first(at, lambda g: g.state(victim) == "dead") <= EXIT_S + MARGIN_S
     assert max(a.began_at for a in await load.attempts() if victim in a.engines) - at <= EXIT_S + MARGIN_S
-    if HOSTS[victim] == "decode":
-        assert all(a.ended_at - at <= EXIT_S + MARGIN_S and a.error and not a.done for a in struck)
-    else:
-        assert all(cluster.is_whole(a) for a in struck)
+    assert struck
+    assert [a for a in load.answers if not cluster.is_whole(a)] == []
     assert rig.record(victim).pid != pid
     await cluster.healed()
 
@@ -204,10 +197,8 @@ async def test_an_engine_hangs_while_it_answers(cluster: Cluster, victim: str, f
     assert watch.first(at, lambda g: g.state(victim) != "ready") <= HANG_S + slack_s
     assert max(a.began_at for a in sent) - at <= HANG_S + slack_s
     assert max(a.ended_at for a in sent) - at <= HANG_S + slack_s
-    if HOSTS[victim] == "decode":
-        assert [a for a in load.answers if a not in struck and not cluster.is_whole(a)] == []
-    else:
-        assert [a for a in load.answers if not cluster.is_whole(a)] == []
+    assert struck
+    assert [a for a in load.answers if not cluster.is_whole(a)] == []
     assert rig.record(victim).pid != pid
     await cluster.healed()
 
