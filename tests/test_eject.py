@@ -192,13 +192,13 @@ def test_what_becomes_the_last_one_is_used_again() -> None:
     assert rig.out == set()
 
 
-def test_another_process_starts_anew_and_the_same_does_not() -> None:
+@pytest.mark.parametrize("after", [view(3, 3, pids={D0: 2}), view(3, 3, down=[D0])], ids=["another process", "judged by the detector"])
+def test_what_is_another_process_or_was_given_up_starts_anew(after: ClusterView) -> None:
     rig = Rig()
     rig.fault(D0, 0.0, 0.0, 0.0)
-    rig.feed(ViewChanged(view(3, 3, down=[D0])), 1.0)
-    rig.feed(ViewChanged(view(3, 3)), 2.0)
     assert rig.out == {D0}
-    rig.feed(ViewChanged(view(3, 3, pids={D0: 2})), 3.0)
+    rig.feed(ViewChanged(after), 1.0)
+    rig.feed(ViewChanged(view(3, 3, pids={D0: 2})), 2.0)
     assert rig.out == set()
 
 

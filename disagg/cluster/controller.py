@@ -208,7 +208,7 @@ class Controller:
 
     def watch_for_orphans(self, entries: Entries) -> Reaper:
         """From now on work that none of these entries explains is ended."""
-        self.reaper = Reaper(table=self, entries=entries, prober=self._prober, spawn=self._spawn, log=self._log)
+        self.reaper = Reaper(table=self, entries=entries, prober=self._prober, spawn=self._spawn)
         return self.reaper
 
     # --- life
@@ -368,10 +368,10 @@ class Controller:
         if self._data is not None:
             self._data.engine_lost(detector.id, cause)
 
-    def tell(self, about: HostId, event: str, **facts: Any) -> None:
+    def tell(self, about: HostId, event: str, *, warn: bool = False, **facts: Any) -> None:
         """Logs what happens to an engine; a host that makes things happen without end is not worth a line each time."""
         if self._bucket(self._lines, about, LINES_PER_S, LINES_BURST).take(self._loop.time()):
-            self._log.info(event, **facts)
+            (self._log.warning if warn else self._log.info)(event, **facts)
 
     def _bucket(self, buckets: dict[HostId, Bucket], host: HostId, rate: float, burst: float) -> Bucket:
         found = buckets.get(host)

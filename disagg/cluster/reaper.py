@@ -11,7 +11,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 import aiohttp
-import structlog
 
 from disagg.cluster.orphans import (
     AbortAll,
@@ -31,7 +30,7 @@ from disagg.cluster.orphans import (
 )
 from disagg.cluster.prober import Prober
 from disagg.errors import DisaggError
-from disagg.model import ClusterView, EngineId, EngineState, EngineView
+from disagg.model import ClusterView, EngineId, EngineState, EngineView, HostId
 from disagg.policy.holds import Account, Hold, Unexplained, accounts, used_tokens, why_kept
 from disagg.wire.messages import EngineReport
 
@@ -71,6 +70,9 @@ class Table(Protocol):
     def let_in(self, engine: EngineId) -> None:
         """Work again."""
 
+    def tell(self, about: HostId, event: str, *, warn: bool = False, **facts: Any) -> None:
+        """Logs what happens to an engine, so many lines for each host."""
+
 
 class Reaper:
     """Looks at every engine several times a second.
@@ -93,7 +95,6 @@ class Reaper:
         entries: Entries,
         prober: Prober,
         spawn: Callable[[Coroutine[Any, Any, None], str], Any],
-        log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         self.actions: Counter[str] = Counter()
         self.reaped = 0
@@ -101,7 +102,6 @@ class Reaper:
         self._entries = entries
         self._prober = prober
         self._spawn = spawn
-        self._log = log
         self._loop = asyncio.get_running_loop()
         self._machines: dict[EngineId, Orphans] = {}
         self._kept: dict[EngineId, str] = {}
@@ -161,6 +161,10 @@ class Reaper:
             for name in engines:
                 self._feed(name, Ended(tuple(rids)), now)
 
+    def _tell(self, event: str, engine: EngineId, *, warn: bool = False, **facts: Any) -> None:
+        host = next((e.host for e in self._table.view.engines if e.id == engine), HostId(""))
+        self._table.tell(host, event, warn=warn, engine=engine, **facts)
+
     def _forget(self, name: EngineId) -> None:
         del self._machines[name]
         self._kept.pop(name, None)
@@ -178,7 +182,7 @@ class Reaper:
         match command:
             case Found(engine=engine, requests=requests, tokens=tokens, for_s=for_s):
                 self.actions["found"] += 1
-                self._log.warning("orphans", engine=engine, requests=requests, tokens=tokens, age_s=round(for_s, 2))
+                self._tell("orphans", engine, warn=True, requests=requests, tokens=tokens, age_s=round(for_s, 2))
                 return ""
             case AbortRids(engine=engine, rids=rids):
                 self.actions["abort_rids"] += 1
@@ -192,7 +196,7 @@ class Reaper:
                 self.actions["gone"] += 1
                 self.reaped += requests
                 self._kept.pop(engine, None)
-                self._log.info("orphans gone", engine=engine, requests=requests, after_s=round(for_s, 2))
+                self._tell("orphans gone", engine, requests=requests, after_s=round(for_s, 2))
                 return ""
 
     def _begin_abort_all(self, engine: EngineId) -> str:
@@ -226,7 +230,7 @@ class Reaper:
             async with asyncio.timeout(POST_LIMIT_S):
                 await self._prober.post(engine.address, "/abort_request", body)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            self._log.warning("an abort was not answered", engine=name, why=type(error).__name__)
+            self._tell("an abort was not answered", name, warn=True, why=type(error).__name__)
 
     def _restart(self, name: EngineId, reason: str) -> str:
         why = self._why_kept(name)
@@ -238,7 +242,7 @@ class Reaper:
         if why:
             self.actions["restart_refused"] += 1
             self._kept[name] = why
-            self._log.error("an engine that no abort helps is not started anew", engine=name, reason=reason, why=why)
+            self._tell("an engine that no abort helps is not started anew", name, warn=True, reason=reason, why=why)
             return f"{name} should be started anew, but {why}"
         self.actions["restart"] += 1
         self._kept.pop(name, None)

@@ -496,5 +496,5 @@ _ANEW = frozenset({EngineState.DEAD, EngineState.HELD, EngineState.STARTING})
 
 
 def _is_another(engine: _Engine, view: EngineView | None) -> bool:
-    """Of one that was given by URL nobody knows the process: when it was down, it is another."""
-    return view is None or _process(view) != engine.process or (not view.address.pid and view.state in _ANEW)
+    """Who was away begins anew, too: what failed then was judged by the detector."""
+    return view is None or _process(view) != engine.process or view.state in _ANEW

@@ -211,6 +211,8 @@ class Owner:
             return True  # its engine leaves in good health
         if attempt.is_stale:
             return True  # the engine had closed an idle connection: nothing was sent, and nobody is to blame
+        if attempt.lost:
+            return True  # it was judged already
         blamed = attempt.blamed_engines()
         self._watch.fault(choice, verdict.blame, verdict.why, engine=blamed[0].id if blamed else None)
         if isinstance(error, EngineTimeoutError):

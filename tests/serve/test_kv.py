@@ -191,7 +191,7 @@ def empty(tmp_path: Path) -> Iterator[Site]:
 
 async def test_without_the_reaper_they_are_still_there(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     def look_away(self: Controller, entries: Entries) -> Reaper:
-        return Reaper(table=self, entries=entries, prober=self._prober, spawn=self._spawn, log=self._log)
+        return Reaper(table=self, entries=entries, prober=self._prober, spawn=self._spawn)
 
     _, decode = await asyncio.to_thread(crash_under_load, site)
     monkeypatch.setattr(Controller, "watch_for_orphans", look_away)
