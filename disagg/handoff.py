@@ -322,7 +322,8 @@ class Handoff:
 
     def _why_late(self, now: float) -> DisaggError:
         if self._deadline_at is not None and now >= self._deadline_at:
-            return DeadlineError(f"the request's own deadline passed while {self.state}")
+            phase = "its answer was made" if self.state is State.TRANSFERRING else self.state
+            return DeadlineError(f"the request's own deadline passed while {phase}")
         if self.state is State.BOOTSTRAPPING:
             return EngineTimeoutError(f"the engines could not be connected within {self._limits.connect_s:g} s")
         if self.state is State.DECODING:

@@ -491,7 +491,7 @@ def test_it_tells_its_story() -> None:
     entry = room.wait()
     room.one()
     room.end(entry)
-    assert [what for _, key, what in room.queue.history if key == entry.key] == ["offered", "dispatched", "left"]
+    assert [what for _, number, what in room.queue.history if number == entry.number] == ["offered", "dispatched", "left"]
     assert repr(room.queue) == "<Queue 0 waiting (0 tokens, 0 bytes), 0 running, rate unknown tokens/s, calm>"
 
 

@@ -39,6 +39,7 @@ BYTES_LIMIT = 64 << 20
 PASS_S = 1.0
 """For how long smaller ones may pass a head that does not fit."""
 RETRY_LIMIT_S = 60
+SPREAD_S = 3.0
 
 _LOOK = 8  # so many behind a blocked head are tried
 _FEWEST_RELEASES = 4
@@ -82,6 +83,7 @@ class Entry:
     Attributes:
         place: where it is now.
         head_at: when it was first found to be next and not to fit.
+        number: its place among all that were offered; the history tells of numbers, for a key may hold a whole request.
         taken_at: when it was dispatched.
         account: the books that it stands in; the queue's own.
     """
@@ -92,6 +94,7 @@ class Entry:
         "deadline_at",
         "head_at",
         "key",
+        "number",
         "place",
         "priority",
         "promised",
@@ -114,6 +117,7 @@ class Entry:
         promised: bool = False,
     ) -> None:
         self.key = key
+        self.number = 0
         self.user = user
         self.priority = priority
         self.tokens = max(1, tokens)
@@ -417,6 +421,8 @@ class Queue:
         """
         assert entry.place is Place.NEW, f"{entry!r} was offered before"
         self._advance(now)
+        self._offers += 1
+        entry.number = self._offers
         refused = None if entry.promised else self._refusal(entry, now, jitter)
         if refused is not None:
             entry.place = Place.GONE
@@ -589,7 +595,7 @@ class Queue:
         entry.place, entry.taken_at = Place.RUNNING, now
         account.running += 1
         self._running += 1
-        self.history.append((now, entry.key, "dispatched"))
+        self.history.append((now, entry.number, "dispatched"))
         return entry
 
     def leave(self, entry: Entry, *, now: float, served: bool = True) -> None:
@@ -612,7 +618,7 @@ class Queue:
             account.running -= 1
             self._running -= 1
         self._forget(account, entry)
-        self.history.append((now, entry.key, "left"))
+        self.history.append((now, entry.number, "left"))
 
     def expire(self, *, now: float, jitter: float = 0.0) -> list[Shed]:
         """Sends away those whose time is up. To be called at `next_deadline`."""
@@ -656,8 +662,8 @@ class Queue:
         greedy = len(self._held) > 1 and self._held.get(entry.user, 0) > share
         status = 504 if reason is Reason.DEADLINE else 429 if greedy else 503
         base = min(max(1.0, over_s), RETRY_LIMIT_S)
-        retry_after_s = ceil(base * (1 + jitter / 2))  # in proportion: who waits longer is spread wider
-        self.history.append((now, entry.key, reason.value))
+        retry_after_s = ceil(base + jitter * max(SPREAD_S, base / 2))  # who is told the same second would come in the same second
+        self.history.append((now, entry.number, reason.value))
         return Shed(entry, status, retry_after_s, _sentence(reason, status, retry_after_s), reason)
 
     # --- books
@@ -693,12 +699,11 @@ class Queue:
         self._waiting += 1
         self._total += entry.tokens
         self._held[entry.user] = self._held.get(entry.user, 0) + entry.tokens
-        self._offers += 1
-        heappush(self._deadlines, (min(entry.arrived_at + self.timeout_s, entry.deadline_at), self._offers, entry))
+        heappush(self._deadlines, (min(entry.arrived_at + self.timeout_s, entry.deadline_at), entry.number, entry))
         if len(self._deadlines) > 2 * self._waiting + 16:
             self._deadlines = [d for d in self._deadlines if d[2].place is Place.WAITING]
             heapify(self._deadlines)
-        self.history.append((now, entry.key, "offered"))
+        self.history.append((now, entry.number, "offered"))
 
     def _remove(self, account: _Account, entry: Entry) -> None:
         """It waits no more."""

@@ -150,6 +150,7 @@ class PublicListener:
             record.outcome = "ok"
         except DisaggError as error:
             self._fail(client, record, error)
+            error.__traceback__ = error.__cause__ = error.__context__ = None  # its frames know the body, and an attempt knows the error
         except ConnectionResetError as error:
             self._fail(client, record, ClientGoneError(str(error)))
         except asyncio.CancelledError:
@@ -159,6 +160,7 @@ class PublicListener:
             self._log.exception("a request failed by a fault of disagg", request=client.request_id)
             self._fail(client, record, DisaggError(f"disagg failed on this request ({type(error).__name__}); its log says why"))
         finally:
+            record.seal()
             metrics.inflight -= 1
             metrics.requests[path, record.outcome] += 1
         return client.finished()

@@ -217,7 +217,7 @@ class Attempt:
                     tuple(self.rids),
                     engine.id,
                     engine.address.role,
-                    handoff.state,
+                    State.DECODING if self.whole and handoff.state is State.TRANSFERRING else handoff.state,
                     age_s,
                     tokens=self.promise.tokens(engine.slot),
                     requests=self.asked,
@@ -326,7 +326,9 @@ class Attempt:
     def works_on(self, engine: EngineId) -> bool:
         """True while the client's answer depends on this engine."""
         prefill, decode = self.choice.prefill, self.choice.decode
-        return decode.id == engine or (prefill is not None and prefill.id == engine and not self.first_token_at)
+        if decode.id == engine:
+            return True
+        return prefill is not None and prefill.id == engine and (self.handoff.prefill_live or self.handoff.state is State.BOOTSTRAPPING)
 
     def _lose(self, connection: UpstreamConnection, engine: EngineView) -> None:
         connection.abandon()
@@ -432,7 +434,7 @@ class PrefillLeg:
 class DecodeLeg:
     """What all decode legs share: the head, and an answer that is an error."""
 
-    __slots__ = ("_error_parts", "_failed", "attempt", "is_stream", "status")
+    __slots__ = ("_error_parts", "_failed", "_size", "attempt", "is_stream", "status")
 
     def __init__(self, attempt: Attempt) -> None:
         self.attempt = attempt
@@ -440,6 +442,7 @@ class DecodeLeg:
         self.is_stream = False
         self._error_parts: list[bytes] = []
         self._failed = False
+        self._size = 0
 
     def head(self, status: int, *, is_stream: bool) -> None:
         """The response head arrived. The client hears nothing yet: until the first body bytes an error can still have a real status."""
@@ -450,9 +453,10 @@ class DecodeLeg:
         """A part of a body that is not chunked."""
         if self._failed:
             return  # what the same read still holds
+        self._size += len(data)
         if self.status == 200:
             self.answer(data)
-        elif sum(map(len, self._error_parts)) < ANSWER_LIMIT:
+        elif self._size <= ANSWER_LIMIT:
             self._error_parts.append(data)
 
     def frames(self, raw: bytes, aligned: bool) -> None:

@@ -14,7 +14,7 @@ from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
 from disagg.model import Choice
-from disagg.router.upstream import LAST_CHUNK, frame, unframe
+from disagg.router.upstream import LAST_CHUNK, frame
 
 
 class Written(web.Response):
@@ -91,10 +91,6 @@ class Client:
     def frame(self, payload: bytes) -> bytes:
         """Events, framed for this client."""
         return frame(payload) if self.chunked else payload
-
-    def reframe(self, raw: bytes) -> bytes:
-        """Whole chunks of an engine, framed for this client."""
-        return raw if self.chunked else b"".join(unframe(raw))
 
     def end_stream(self) -> None:
         """Ends an event stream."""

@@ -124,7 +124,7 @@ class WholeLeg(DecodeLeg):
     def answer(self, data: bytes) -> None:
         """A part of the body."""
         self._parts.append(data)
-        if len(self._parts) > 1 and sum(map(len, self._parts)) > ANSWER_LIMIT:
+        if self._size > ANSWER_LIMIT:
             self.fail(EngineError(f"the engine {self.attempt.choice.decode.id} sent an answer over the limit"))
 
     def finish(self) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Mapping
+from math import inf
 from typing import Any, Protocol
 
 import msgspec
@@ -194,13 +195,13 @@ class Owner:
             run.unsent += 1
             if run.unsent >= UNSENT_LIMIT:
                 raise error
-        self._metrics.replays[_reason(attempt)] += 1
         if attempt.on_wake is not None:
             attempt.on_wake()  # takes what is left of its events
         if stream is not None and stream.has_begun:
-            return await self._go_on(run, stream, error, client)
+            return await self._go_on(run, attempt, stream, client)
         if client.started and stream is None:
             raise error
+        self._metrics.replays[_reason(attempt)] += 1
         return False
 
     def _judge(self, attempt: Attempt, error: DisaggError) -> bool:
@@ -222,11 +223,14 @@ class Owner:
 
     async def _take_from_budget(self, run: _Run) -> None:
         """Waits until a replay fits into the budget: when an engine dies, what ran on it is not sent to the others all at once."""
-        until = self._relay.clock() + SUSPECT_WAIT_S
+        deadline = run.job.deadline_at
+        until = min(self._relay.clock() + SUSPECT_WAIT_S, deadline or inf)
         while why := self._budget.take(replayed=run.replays, in_flight=self._metrics.inflight):
             left_s = until - self._relay.clock()
             if left_s <= 0:
                 assert run.last_error is not None
+                if deadline == until:
+                    raise DeadlineError("the request's own deadline passed while it waited to be made again")
                 self._log.warning("a request is not made again", request=run.job.record.request_id, why=why)
                 raise run.last_error
             await self._change(left_s)
@@ -281,14 +285,15 @@ class Owner:
 
     # --- streams that go on
 
-    async def _go_on(self, run: _Run, stream: Stream, error: DisaggError, client: Client) -> bool:
-        resumes = self._metrics.resumes
+    async def _go_on(self, run: _Run, attempt: Attempt, stream: Stream, client: Client) -> bool:
+        resumes, error = self._metrics.resumes, attempt.error
         try:
             rest, missing = await stream.go_on(lambda path, body: self._ask(run, path, body))
         except EngineError as reason:
             resumes["impossible"] += 1
             raise EngineError(f"{error}; its stream cannot go on elsewhere: {reason}") from error
         if rest:
+            self._metrics.replays[_reason(attempt)] += 1
             resumes["resumed"] += 1
             run.job.rest = rest
             return False

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from disagg.errors import ClientGoneError, EngineError, EngineTimeoutError, NoCapacityError
 from disagg.handoff import DecodeFailed, Handoff, Limits, PrefillFailed, State
@@ -18,7 +18,7 @@ from disagg.observe.metrics import RouterMetrics
 from disagg.policy.holds import Hold
 from disagg.policy.pace import Pace
 from disagg.router.admission import Admission, Promise
-from disagg.router.attempt import Attempt, DecodeLeg, refusal
+from disagg.router.attempt import ANSWER_LIMIT, Attempt, DecodeLeg, refusal
 from disagg.router.client import Client
 from disagg.router.legs import WholeLeg
 from disagg.router.openai import MAX_SAMPLES, ClientRequest, Route, key_prefix, parse_request
@@ -36,6 +36,13 @@ LegFactory = Callable[[Attempt, int], DecodeLeg]
 Spawn = Callable[[Any, str], Any]
 
 
+class Told(NamedTuple):
+    """What is told of an attempt that is over."""
+
+    state: State
+    history: Sequence[tuple[float, str]]
+
+
 class Record:
     """What is kept of a request for ``/admin/requests/ID``: decisions, states, times.
 
@@ -51,7 +58,11 @@ class Record:
         self.model = ""
         self.outcome = "running"
         self.error = ""
-        self.trail: list[tuple[Choice, Sequence[str], Handoff]] = []
+        self.trail: list[tuple[Choice, Sequence[str], Handoff | Told]] = []
+
+    def seal(self) -> None:
+        """The request is over: what is kept of its attempts holds no error any more, and with that no frame that knows its body."""
+        self.trail = [(choice, rids, Told(handoff.state, handoff.history)) for choice, rids, handoff in self.trail]
 
 
 class Job:
@@ -225,8 +236,15 @@ class Relay:
             connection.abandon()
         for upstream in self._upstreams.values():
             upstream.prune()
+        self._forget_gone()
         self.admission.tick(now)
         self._sweep_again()
+
+    def _forget_gone(self) -> None:
+        engines = self._view().engines
+        if len(self._upstreams) > len(engines):
+            for gone in self._upstreams.keys() - {e.id for e in engines}:
+                self._upstreams.pop(gone).close()
 
     def _sweep_again(self) -> None:
         self._expected_at = self.clock() + SWEEP_S
@@ -378,9 +396,9 @@ class Relay:
         """Has what runs on this engine go on on others, where that is possible; the rest stays. Returns how many attempts moved."""
         here = [a for a in self._live if not a.finished and a.works_on(engine) and a.may_move is not None and a.may_move()]
         for attempt in here:
-            attempt.moved = True
             attempt.engine_lost(engine, cause)
-        return len(here)
+            attempt.moved = attempt.finished
+        return sum(attempt.moved for attempt in here)
 
     def give_up(self, sentence: str) -> None:
         """Ends every attempt, because the router stops."""
@@ -438,7 +456,7 @@ class Relay:
             EngineError: there is none within `limit_s` seconds, or it is an error.
         """
         upstream = self._upstream(engine)
-        connection = upstream.take() or await upstream.connect(self._limits.connect_s)
+        connection = await upstream.connect(self._limits.connect_s)  # a new one: none that the engine may just be closing
         exchange = _Exchange(engine, self.loop.create_future())
         connection.send(exchange, upstream.request(path, body))
         try:
@@ -447,8 +465,7 @@ class Relay:
         except TimeoutError as error:
             raise EngineTimeoutError(f"the engine {engine.id} did not answer within {limit_s:g} s") from error
         finally:
-            if connection.leg is exchange:
-                connection.abandon()
+            connection.abandon()
 
     async def outcome(self, attempt: Attempt, client: Client) -> None:
         """Waits for the end of an attempt, and for a client that reads slowly in between."""
@@ -525,12 +542,13 @@ class Relay:
 class _Exchange:
     """One small question and its whole answer."""
 
-    __slots__ = ("_engine", "_parts", "_status", "answer")
+    __slots__ = ("_engine", "_parts", "_size", "_status", "answer")
 
     def __init__(self, engine: EngineView, answer: asyncio.Future[bytes]) -> None:
         self.answer = answer
         self._engine = engine
         self._status = 0
+        self._size = 0
         self._parts: list[bytes] = []
 
     def head(self, status: int, *, is_stream: bool) -> None:
@@ -539,11 +557,16 @@ class _Exchange:
 
     def payload(self, data: bytes) -> None:
         """A part of the body."""
-        self._parts.append(data)
+        self._size += len(data)
+        if self._size <= ANSWER_LIMIT:
+            self._parts.append(data)
+        elif not self.answer.done():
+            self.answer.set_exception(EngineError(f"the engine {self._engine.id} sent an answer over the limit"))
 
     def frames(self, raw: bytes, aligned: bool) -> None:
         """Whole HTTP chunks."""
-        self._parts += unframe(raw)
+        for data in unframe(raw):
+            self.payload(data)
 
     def ended(self) -> None:
         """The answer is complete."""
@@ -605,7 +628,7 @@ def _waterfall(record: Record) -> dict[str, Any]:
     }
 
 
-def _attempt_story(choice: Choice, rids: Sequence[str], handoff: Handoff, started_at: float) -> dict[str, Any]:
+def _attempt_story(choice: Choice, rids: Sequence[str], handoff: Handoff | Told, started_at: float) -> dict[str, Any]:
     return {
         "rids": list(rids),
         "prefill": choice.prefill.id if choice.prefill is not None else None,

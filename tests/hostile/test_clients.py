@@ -165,7 +165,7 @@ def test_a_router_serves_and_ends_though_nobody_reads_what_it_says(tmp_path: Pat
     http, admin, nothing = free_port(), free_port(), free_port()
     command = [sys.executable, "-m", "disagg", "serve", "--role", "router", "--http", f"127.0.0.1:{http}", "--admin", f"127.0.0.1:{admin}"]
     command += ["--control", "127.0.0.1:0", "--state-dir", str(tmp_path / "state"), "--log-level", "debug"]
-    command += ["--unified", f"http://127.0.0.1:{nothing}"]
+    command += ["--unified", f"http://127.0.0.1:{nothing}", "--queue-timeout-s", "0.05"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=stuffed, stderr=stuffed)
     try:
 

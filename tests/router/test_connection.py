@@ -236,7 +236,7 @@ async def test_a_reader_that_does_not_read_holds_a_bounded_buffer(defended: bool
             await answer_well(call)
             return
         while True:
-            await call.write(b"data: " + b"x" * 8000 + b"\n\n")
+            await call.write(b'data: {"x":"' + b"x" * 8000 + b'"}\n\n')
             await asyncio.sleep(0)
 
     async with running_rig(Role.PREFILL, Role.DECODE) as rig, listening(rig, head_limit_s=60) as (url, server):
@@ -271,7 +271,7 @@ async def test_a_reader_that_does_not_read_is_given_up_and_its_engine_is_free(mo
             await answer_well(call)
             return
         while True:
-            await call.write(b"data: " + b"x" * 60_000 + b"\n\n")
+            await call.write(b'data: {"x":"' + b"x" * 60_000 + b'"}\n\n')
 
     async with running_rig(Role.PREFILL, Role.DECODE) as rig:
         rig.decode.behave = endless
