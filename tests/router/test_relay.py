@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 from typing import Any
 
 import aiohttp
@@ -11,6 +12,7 @@ import msgspec
 import pytest
 
 from disagg.model import Role
+from disagg.router.relay import Job
 from tests.fake_engine import Call, answer_well, chat_chunk, until
 from tests.router.conftest import CHAT, Rig, running_rig
 
@@ -563,3 +565,29 @@ async def test_input_logprobs_are_waited_for_when_decode_is_faster(rig: Rig) -> 
     async with await rig.post({**GENERATE, "return_logprob": True, "stream": True}, "/generate") as response:
         events = events_of(await response.text())
     assert len(events[0]["meta_info"]["input_token_logprobs"]) == 2
+
+
+# --- what is kept
+
+
+def jobs() -> int:
+    gc.collect()
+    return sum(type(found) is Job for found in gc.get_objects())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_nothing_of_a_request_that_failed_is_kept_but_its_story(rig: Rig, stream: bool) -> None:
+    """An error knows its frames, frames know the body: a thousand failed requests would keep a thousand prompts."""
+
+    async def refuse(call: Call) -> None:
+        await call.json_answer({"error": {"message": "too long"}}, status=400)
+
+    rig.prefill.behave = rig.decode.behave = refuse
+    async with await rig.post({**CHAT, "stream": stream}) as response:
+        assert response.status == 400
+        request_id = response.headers["x-request-id"]
+    await idle(rig)
+    await until(lambda: jobs() == 0)
+    story = rig.router._relay.waterfall(request_id)
+    assert story is not None
+    assert [a["state"] for a in story["attempts"]] == ["failed"]
