@@ -125,6 +125,23 @@ async def supervised(work: Coroutine[Any, Any, None], name: str, log: structlog.
         log.exception("a background task failed", task=name)
 
 
+def spawned(group: asyncio.TaskGroup, work: Coroutine[Any, Any, None], name: str, log: structlog.typing.FilteringBoundLogger) -> Any:
+    """Runs supervised work as a task of a group; where the group is closing, the work is not begun.
+
+    Returns:
+        The task; None where there is none.
+    """
+    guarded = supervised(work, name, log)
+    try:
+        task = group.create_task(guarded, name=name)
+    except RuntimeError:
+        guarded.close()
+        work.close()
+        return None
+    task.add_done_callback(lambda _: work.close())  # it may be cancelled before its first step
+    return task
+
+
 def settle_memory() -> None:
     """What lives now lives as long as the process: the collector need not look at it again."""
     gc.collect()

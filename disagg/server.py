@@ -33,7 +33,7 @@ from disagg.handoff import Limits
 from disagg.host import Host, HostPlan, host_running, only_one
 from disagg.ids import Ids
 from disagg.launches import EngineSpec, Launches, model_of
-from disagg.life import Say, Stop, file_limit, owned_tasks, set_limits, settle_memory, supervised, voice
+from disagg.life import Say, Stop, file_limit, owned_tasks, set_limits, settle_memory, spawned, voice
 from disagg.model import EngineAddress, EngineId, EngineState, EngineView, Role
 from disagg.observe.log import Sink, make_logger
 from disagg.observe.metrics import RouterMetrics
@@ -215,7 +215,7 @@ async def router_running(
         group = await stack.enter_async_context(owned_tasks())
 
         def spawn(work: Coroutine[Any, Any, None], name: str) -> Any:
-            return group.create_task(supervised(work, name, log), name=name)
+            return spawned(group, work, name, log)
 
         controller = Controller(
             addresses,

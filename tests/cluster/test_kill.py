@@ -142,8 +142,8 @@ async def test_kill(session: aiohttp.ClientSession, six: Cluster, victim: str, p
         async with asyncio.timeout(ANSWER_LIMIT_S):
             status, headers, body = await asking
     assert status == 200, body
-    if not stream:
-        assert (headers["x-disagg-attempts"] == "1") is harmless
+    if not stream and not harmless:
+        assert headers["x-disagg-attempts"] != "1"
     _, _, uncut = await ask(session, six, stream=stream, seed=seed)
     assert told(body, stream=stream) == told(uncut, stream=stream)
     assert len(told(body, stream=stream)["ids"]) == TOKENS
