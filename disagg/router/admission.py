@@ -23,6 +23,8 @@ from disagg.policy.pace import Pace
 from disagg.policy.queue import Entry, Place, Queue, Reason, Shed
 from disagg.policy.route import InFlight, choose, pool_of
 
+STANDING_SHARE = 0.05
+"""Of the longest wait: a queue in which everybody waits longer than this is not a burst but too much."""
 _PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s?([0-9]{1,9})')
 _USAGE_WITHIN = 1024  # it stands at the end of an answer
 
@@ -326,7 +328,7 @@ class Admission:
         name = (wanting.model if wanting.model in self._view().pools else "", wanting.unified_only)
         queue = self._queues.get(name)
         if queue is None:
-            queue = self._queues[name] = Queue(timeout_s=self._timeout_s)
+            queue = self._queues[name] = Queue(timeout_s=self._timeout_s, target_s=self._timeout_s * STANDING_SHARE)
         return queue
 
     def _grow(self, slots: int) -> None:
