@@ -366,8 +366,7 @@ class _Run:
 
     Attributes:
         avoid: the engines that failed it, as they were then, and when; one that was started anew since is another one.
-        others_only: the engines were silent for as long as they may be: the same ones would cost as much again. One that reported an error
-            may do better a moment later: often it tells of its partner's death.
+        others_only: the engine's last word was an error of its own, or silence: the same engine would say it again.
     """
 
     def __init__(self, job: Job, stream: Stream | None) -> None:
@@ -388,7 +387,7 @@ class _Run:
     def failed(self, attempt: Attempt, now: float) -> None:
         """An attempt failed: its engines are left alone for a while."""
         self.last_error = attempt.error
-        self.others_only = isinstance(attempt.error, EngineTimeoutError)
+        self.others_only = isinstance(attempt.error, EngineRefusedError | EngineTimeoutError)
         for engine in attempt.blamed_engines():
             self.avoid[engine.id] = (engine.address, now)
 
