@@ -19,6 +19,8 @@ CONTEXT_TOKENS = 8192
 SPEED_UP = 10.0
 EXCUSED_GAP = 1e-4
 # Ten times the trace's speed is more than two cores can do, so requests queue in the engines for a while.
+IN_FLIGHT = 24
+"""So many have room in two decode engines: the trace is faster than four engines on two cores, and more would be sent away."""
 PATIENCE = (
     *("--queue-timeout-s", "3600", "--whole-answer-timeout-s", "600", "--between-tokens-timeout-s", "600"),
     *("--engine-arg=--bootstrap-timeout", "--engine-arg=600"),
@@ -53,12 +55,13 @@ async def generate(session: aiohttp.ClientSession, url: str, prompt: list[int], 
 
 
 async def replay(session: aiohttp.ClientSession, url: str, arrivals: list[Arrival]) -> list[list[int]]:
-    began = asyncio.get_running_loop().time()
+    began, limit = asyncio.get_running_loop().time(), asyncio.Semaphore(IN_FLIGHT)
 
     async def one(arrival: Arrival) -> list[int]:
         await asyncio.sleep(began + arrival.at_s / SPEED_UP - asyncio.get_running_loop().time())
-        ids: list[int] = (await generate(session, url, arrival.prompt, arrival.answer_tokens))["output_ids"]
-        return ids
+        async with limit:
+            ids: list[int] = (await generate(session, url, arrival.prompt, arrival.answer_tokens))["output_ids"]
+            return ids
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(one(a)) for a in arrivals]
