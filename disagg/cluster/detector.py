@@ -40,7 +40,8 @@ from disagg.model import MODES, EngineAddress, EngineFacts, EngineId, EngineLoad
 from disagg.wire.messages import EngineReport
 
 REFUSALS_UNTIL_DEAD = 2
-SIGN_OF_LIFE_S = 1.0
+SIGN_OF_LIFE_S = 0.5
+"""Where only the way to an engine is cut, its bytes arrive for about a second more; a longer wait would make the verdict late."""
 HANG_S = 4.25
 """Five seconds from the last move to the verdict: up to a quarter each for the agent's look, its heartbeat and our beat come on top."""
 HASTY_PROBE_S = 0.25

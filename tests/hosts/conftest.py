@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,19 +44,25 @@ class Cluster:
         await self.free(limit_s)
 
     async def _flows(self) -> None:
-        """Requests flow until each engine had some; one that was away is behind and gets more of them."""
+        """Requests flow, several at a time, until each engine had some: one that was slow under much work counts as slow for a while."""
         answers: list[Answer] = []
 
+        def served() -> Counter[str]:
+            return Counter(name for a in answers if a.done for name in (a.prefill, a.decode))
+
         async def worker(session: aiohttp.ClientSession) -> None:
-            while {a.prefill for a in answers} | {a.decode for a in answers} < set(HOSTS):
+            while served().keys() < set(HOSTS):
                 answers.append(answer := Answer(0.0, len(answers) % len(self.bodies)))
                 await ask(session, self.rig, {**self.bodies[answer.body], "max_tokens": 4}, answer)
                 assert answer.done, answer
                 assert self.texts[answer.body].startswith(answer.text)
 
-        async with self.rig.session() as session, asyncio.timeout(HEALED_WITHIN_S), asyncio.TaskGroup() as tasks:
-            for number in range(3):
-                tasks.create_task(worker(session), name=f"asks {number}")
+        try:
+            async with self.rig.session() as session, asyncio.timeout(HEALED_WITHIN_S), asyncio.TaskGroup() as tasks:
+                for number in range(3):
+                    tasks.create_task(worker(session), name=f"asks {number}")
+        except TimeoutError:
+            raise AssertionError(f"not each engine got work within {HEALED_WITHIN_S:g} s: {served()}; {self.watch.seen[-1].engines}") from None
 
     async def free(self, limit_s: float) -> None:
         """Waits until no engine holds or runs anything."""

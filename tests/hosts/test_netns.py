@@ -78,8 +78,8 @@ async def unreachable(cluster: Cluster, victim: str, begin: Callable[[], None], 
         finally:
             end()
         await watch.until(lambda g: g.all_ready, f"{victim} is back", READY_AGAIN_S)
-    assert watch.first(at, lambda g: g.state(victim) != "ready") <= NO_NEW_WORK_S + MARGIN_S
-    assert watch.first(at, lambda g: g.state(victim) == "dead") <= DEAD_S + MARGIN_S
+    assert watch.first(at, lambda g: g.state(victim) != "ready") <= NO_NEW_WORK_S + MARGIN_S, watch.story(victim, at)
+    assert watch.first(at, lambda g: g.state(victim) == "dead") <= DEAD_S + MARGIN_S, watch.story(victim, at)
     sent = [a for a in await load.attempts() if victim in a.engines]
     assert max(a.began_at for a in sent) - at <= NO_NEW_WORK_S + MARGIN_S
     assert max(a.ended_at for a in sent if a.began_at > at) - at <= NO_NEW_WORK_S + CONNECT_S + MARGIN_S

@@ -75,7 +75,7 @@ class Site:
         places = ["--http", f"127.0.0.1:{self.http}", "--admin", f"127.0.0.1:{self.admin_port}", "--control", f"127.0.0.1:{self.control}"]
         state = ["--state-dir", str(self.folder / "router")]
         self.router = Process("router", self.folder, ["serve", "--role", "router", *places, *state, "--log-format", "json", *arguments])
-        wait_for(lambda: self.answers("/healthz"), f"the router: {self.router.said}")
+        wait_for(lambda: self.answers("/healthz"), self.router.said)
         return self.router
 
     def token(self, *roles: str) -> str:

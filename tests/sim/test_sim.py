@@ -86,7 +86,7 @@ def test_the_oracle_sees_writes_into_pages_that_were_given_back(
     release_s: float, expected: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "RELEASE_S", release_s)
-    result = simulate(Plan(1), script=scenarios.leavings(100, tokens=90, within_s=0.04))
+    result = simulate(Plan(1), script=scenarios.leavings(800, tokens=90, within_s=0.04))
     assert {found.clause for found in result.found} == expected
 
 
