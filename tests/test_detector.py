@@ -251,8 +251,8 @@ class Kept:
         return self.tell(Tick(self.bytes_at), after=after)
 
     def run(self, seconds: float, each: Callable[[], object] = lambda: None, *, answer: Event | None = None, takes: float = 0.01) -> None:
-        """Time passes as in the router: a tick when one is due; `each` four times a second; probes end as `answer` after `takes` s."""
-        end, beat_at = self.now + seconds, self.now + 0.25
+        """Time passes as in the router: a tick when one is due; `each` eight times a second; probes end as `answer` after `takes` s."""
+        end, beat_at = self.now + seconds, self.now + 0.125
         while True:
             if self.asked and self.ends_at is None:
                 self.ends_at = self.now + (takes if answer else (self.asked.patience_s or 2.0))
@@ -265,7 +265,7 @@ class Kept:
             elif due is not None and self.now >= due:
                 self.tick()
             elif self.now >= beat_at:
-                beat_at += 0.25
+                beat_at += 0.125
                 each()
 
     def silence(self, each: Callable[[], object] = lambda: None, *, answer: Event | None = None) -> None:

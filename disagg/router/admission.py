@@ -23,8 +23,8 @@ from disagg.policy.pace import Pace
 from disagg.policy.queue import Entry, Place, Queue, Reason, Shed
 from disagg.policy.route import InFlight, choose, pool_of
 
-STANDING_SHARE = 0.05
-"""Of the longest wait: a queue in which everybody waits longer than this is not a burst but too much."""
+STANDING_SHARE = 0.5
+"""Of the longest wait: a queue in which everybody waits longer than this is too much. Some more clients than places are not: they wait."""
 _PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s?([0-9]{1,9})')
 _USAGE_WITHIN = 1024  # it stands at the end of an answer
 

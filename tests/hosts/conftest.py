@@ -62,7 +62,9 @@ class Cluster:
                 for number in range(3):
                     tasks.create_task(worker(session), name=f"asks {number}")
         except TimeoutError:
-            raise AssertionError(f"not each engine got work within {HEALED_WITHIN_S:g} s: {served()}; {self.watch.seen[-1].engines}") from None
+            raise AssertionError(
+                f"not each engine got work within {HEALED_WITHIN_S:g} s: {served()}; {self.watch.seen[-1].engines}"
+            ) from None
 
     async def free(self, limit_s: float) -> None:
         """Waits until no engine holds or runs anything."""
