@@ -158,13 +158,13 @@ def test_an_engine_that_was_started_anew_has_no_drift() -> None:
 
 def test_before_anything_is_learned_a_token_has_three_bytes() -> None:
     assert BYTES_PER_TOKEN == 3.0
-    assert ledger().cost("m", 300, 10) == 100 + TEMPLATE_TOKENS + 10
+    assert ledger().price("m", 300, 10)[1] == 100 + TEMPLATE_TOKENS + 10
     assert ledger().prompt_tokens("m", 300) == 100 + TEMPLATE_TOKENS
 
 
 @pytest.mark.parametrize(("asked", "kept"), [(None, RESERVED_TOKENS), (0, 0), (-3, 0), (512, 512), (100_000, RESERVED_TOKENS)])
 def test_for_the_answer_no_more_is_kept_than_sglang_keeps(asked: int | None, kept: int) -> None:
-    assert ledger().cost("m", 0, asked) == TEMPLATE_TOKENS + kept
+    assert ledger().price("m", 0, asked)[1] == TEMPLATE_TOKENS + kept
 
 
 def test_bytes_per_token_are_learned_by_model() -> None:
@@ -187,9 +187,9 @@ def test_a_picture_does_not_spoil_what_was_learned_of_text() -> None:
 
 
 def test_nothing_costs_more_than_the_longest_context() -> None:
-    assert ledger().cost("m", 10_000_000, None, limit=8192) == 8192
+    assert ledger().price("m", 10_000_000, None, limit=8192)[1] == 8192
     assert ledger().prompt_tokens("m", 10_000_000, limit=8192) == 8192
-    assert ledger().cost("m", 10_000_000, None) > 3_000_000
+    assert ledger().price("m", 10_000_000, None)[1] > 3_000_000
 
 
 # --- at random

@@ -459,11 +459,13 @@ class Controller:
 
     def handed_over(self, choice: Choice) -> None:
         """The first token of an answer came."""
-        self._treat(HandedOver(choice.prefill.id if choice.prefill is not None else None, choice.decode.id))
+        if not self._ejector.is_calm:  # it usually is, and this is asked for each request
+            self._treat(HandedOver(choice.prefill.id if choice.prefill is not None else None, choice.decode.id))
 
     def served(self, choice: Choice) -> None:
         """An answer came to its end as it should."""
-        self._treat(Served(choice.decode.id))
+        if not self._ejector.is_calm:
+            self._treat(Served(choice.decode.id))
 
     def _was_asleep(self, now: float) -> bool:
         """What is late just now is late because of the router: its deadlines come before what waits in its sockets is read."""

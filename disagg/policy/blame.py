@@ -62,6 +62,11 @@ class Ledger:
         self._tried: dict[EngineId, set[int]] = {}  # of these, the suspects: newcomers look at this only, and it is usually empty
         self.history: list[tuple[float, str]] = []
 
+    @property
+    def is_calm(self) -> bool:
+        """True while nobody is suspect: then everything is open to everybody."""
+        return not self._entries
+
     # --- what happens
 
     def sent(self, fingerprint: int, engines: Iterable[EngineId]) -> None:
@@ -169,7 +174,7 @@ class Ledger:
 
     def shut(self, fingerprint: int, now: float, *, patient: bool = True) -> tuple[EngineId, ...]:
         """All engines that are closed to it: what is not to be chosen. Usually none, and then this costs nothing."""
-        if not self._tried and fingerprint not in self._entries:
+        if not self._entries:
             return ()
         places = self._unproved if self.is_suspect(fingerprint, now) else self._tried
         return tuple(engine for engine in places if self._shuts(fingerprint, engine, now, patient=patient))

@@ -189,9 +189,11 @@ class Ejector:
 
     Attributes:
         history: what happened, oldest first: time and sentence.
+        is_calm: no fault is remembered, so that nobody need be told that something went well.
     """
 
     def __init__(self) -> None:
+        self.is_calm = True
         self._engines: dict[EngineId, _Engine] = {}
         self._cuts: dict[Pair, _Cut] = {}
         self._healed: dict[Pair, tuple[int, float]] = {}  # how often it was cut in a row, and when it came back
@@ -244,6 +246,7 @@ class Ejector:
     def check(self) -> None:
         """Asserts what is always true."""
         assert all(1.0 <= e.weight <= WEIGHT_MAX for e in self._engines.values())
+        assert not self.is_calm or not any(e.faults or e.handoffs for e in self._engines.values())
         assert all(p in self._engines and d in self._engines for p, d in self._cuts)
         assert all(e.out_for_s <= OUT_MAX_S for e in self._engines.values())
         for pool in self._pools:
@@ -281,6 +284,7 @@ class Ejector:
                 decode.handoffs.clear()  # its connection may break yet
         if well is not None:
             well.well()
+        self.is_calm = not any(e.faults or e.handoffs for e in self._engines.values())
         return []
 
     def _faulted(self, name: EngineId, what: str, now: float) -> list[Command]:
@@ -288,6 +292,7 @@ class Ejector:
         if engine is None or engine.out_until is not None:
             return []
         engine.faults.append(now)
+        self.is_calm = False
         recent = sum(at > now - FAULTS_WITHIN_S for at in engine.faults)
         if now < engine.back_at + PROBATION_S:
             return self._eject(name, "faults", f"it failed again as soon as it was back: {what}", now)
@@ -300,6 +305,7 @@ class Ejector:
             return []
         for name, partner in (pair, pair[::-1]):
             self._engines[name].handoffs.append((now, partner))
+            self.is_calm = False
         commands = [c for name in pair for c in self._eject_for_handoffs(name, what, now)]
         if pair in self._cuts or self._is_out(pair[0]) or self._is_out(pair[1]):
             return commands

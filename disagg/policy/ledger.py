@@ -143,18 +143,23 @@ class Ledger:
         tokens = int(prompt_bytes / self._bytes_per_token.get(model, BYTES_PER_TOKEN)) + TEMPLATE_TOKENS
         return min(tokens, limit) if limit > 0 else tokens
 
-    def cost(self, model: str, prompt_bytes: int, max_tokens: int | None, limit: int = 0) -> int:
-        """What a decode or unified engine needs for a request, tokens: the prompt, and `RESERVED_TOKENS` or less for the answer.
+    def price(self, model: str, prompt_bytes: int, max_tokens: int | None, limit: int = 0) -> tuple[int, int]:
+        """What a prefill engine and a decode or unified engine need for a request, tokens.
 
         Args:
             model: the served name.
             prompt_bytes: as for `prompt_tokens`.
             max_tokens: how long the answer may become; None if the client leaves it open.
             limit: as for `prompt_tokens`; it is the limit of prompt and answer together.
+
+        Returns:
+            The prompt, and the prompt with `RESERVED_TOKENS` or less for the answer.
         """
-        answer = RESERVED_TOKENS if max_tokens is None else min(max(0, max_tokens), RESERVED_TOKENS)
-        tokens = self.prompt_tokens(model, prompt_bytes) + answer
-        return min(tokens, limit) if limit > 0 else tokens
+        answer = RESERVED_TOKENS if max_tokens is None or max_tokens > RESERVED_TOKENS else max(0, max_tokens)
+        prompt = self.prompt_tokens(model, prompt_bytes)
+        if 0 < limit < prompt + answer:
+            return min(prompt, limit), limit
+        return prompt, prompt + answer
 
     def learn(self, model: str, prompt_bytes: int, prompt_tokens: int) -> None:
         """An answer's usage said how many tokens a prompt had. The model is one that is served, never a client's word."""

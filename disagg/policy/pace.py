@@ -16,7 +16,7 @@ given up over one that it has to read. When limits were too short all the same, 
 
 from __future__ import annotations
 
-import msgspec
+from itertools import accumulate
 
 from disagg.handoff import Limits
 
@@ -47,6 +47,8 @@ class Pace:
         "_caps",
         "_gaps",
         "_gaps_seen",
+        "_largest",
+        "_longest",
         "_old_gaps",
         "_old_peaks",
         "_patience",
@@ -72,6 +74,8 @@ class Pace:
         self._reads: list[int] = []
         self._peaks: list[list[float]] = []  # the longest first tokens by size of the work, of this window and of the one before
         self._old_peaks: list[list[float]] = []
+        self._longest: list[list[float]] = []  # of both windows: the longest one of this size or smaller
+        self._largest: list[int] = []  # the largest size in both windows; -1 for none
         self._queued: list[int] = []
         self._patience: list[float] = []
 
@@ -84,6 +88,8 @@ class Pace:
                 counts.append(0)
             self._peaks.append([0.0] * _CLASSES)
             self._old_peaks.append([0.0] * _CLASSES)
+            self._longest.append([0.0] * _CLASSES)
+            self._largest.append(-1)
             self._patience.append(1.0)
 
     def forget(self, slot: int) -> None:
@@ -96,6 +102,7 @@ class Pace:
             counts[slot] = 0
         self._peaks[slot] = [0.0] * _CLASSES
         self._old_peaks[slot] = [0.0] * _CLASSES
+        self._sum_up(slot)
         self._patience[slot] = 1.0
 
     # --- what happens
@@ -136,9 +143,18 @@ class Pace:
         if known % READS_WINDOW == 0 and known:
             self._old_peaks[slot] = self._peaks[slot]
             self._peaks[slot] = [0.0] * _CLASSES
+            self._sum_up(slot)
         self._reads[slot] = known + 1
         peaks, size = self._peaks[slot], _size(work_bytes)
-        peaks[size] = max(peaks[size], seconds)
+        if seconds > peaks[size]:
+            peaks[size] = seconds
+            self._sum_up(slot)
+
+    def _sum_up(self, slot: int) -> None:
+        """Limits are asked for with each request, and peaks seldom change."""
+        peaks = [max(pair) for pair in zip(self._peaks[slot], self._old_peaks[slot], strict=True)]
+        self._longest[slot] = list(accumulate(peaks, max))
+        self._largest[slot] = max((size for size, peak in enumerate(peaks) if peak), default=-1)
 
     def token_gap(self, decode: int, seconds: float, count: int, longest_s: float = 0.0) -> None:
         """Tokens came, each so long after the one before.
@@ -203,21 +219,18 @@ class Pace:
         first = self._first_token_s(decode if prefill is None else prefill, decode, prompt_bytes)
         between = self._between_s(decode)
         whole_s = self._whole_answer_s(first, decode, max_tokens) if whole else first
-        return msgspec.structs.replace(self._caps, handover_s=first, first_token_s=whole_s, between_tokens_s=between)
+        return Limits(self._caps.connect_s, first, whole_s, between, self._caps.linger_s)
 
     def _first_token_s(self, reader: int, decode: int, prompt_bytes: int) -> float:
         cap, rate = self._caps.first_token_s, self.byte_s(reader)
-        work = self._queued[reader] + prompt_bytes
-        size = _size(work)
         if rate is None:
             return cap
-        peaks, old = self._peaks[reader], self._old_peaks[reader]
-        near = max(0, size - 1)
-        if not (any(peaks[near:]) or any(old[near:])):
+        work = self._queued[reader] + prompt_bytes
+        size = _size(work)
+        if self._largest[reader] < max(0, size - 1):
             return cap
         patience = max(self._patience[reader], self._patience[decode])
-        longest = max(*peaks[: size + 1], *old[: size + 1])
-        return min(cap, max(FLOOR_S, TIMES_FIRST_TOKEN * rate * work, longest) * patience)
+        return min(cap, max(FLOOR_S, TIMES_FIRST_TOKEN * rate * work, self._longest[reader][size]) * patience)
 
     def _between_s(self, decode: int) -> float:
         cap, step = self._caps.between_tokens_s, self.step_s(decode)

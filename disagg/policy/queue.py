@@ -30,6 +30,8 @@ from itertools import islice
 from math import ceil, exp, inf
 from typing import NamedTuple, TypeVar
 
+import msgspec
+
 T = TypeVar("T")
 
 TIMEOUT_S = 10.0
@@ -67,68 +69,39 @@ class Reason(StrEnum):
     DEADLINE = "deadline"
 
 
-class Entry:
+class Entry(msgspec.Struct, eq=False):
     """A request that wants to be dispatched. Made by the caller, who changes nothing of it afterwards.
 
-    Args:
+    Attributes:
         key: whatever the caller finds it by.
+        tokens: what it needs of its decode engine, as in `disagg.policy.ledger`; at least one.
+        arrived_at: monotonic seconds, from which its wait is counted.
         user: opaque; requests of one user share one turn.
         priority: larger is more important; there should be a few of them, not one for each request.
-        tokens: what it needs of its decode engine, as in `disagg.policy.ledger`.
         size: bytes of its body.
-        arrived_at: monotonic seconds, from which its wait is counted.
         deadline_at: when its client's patience ends, monotonic seconds.
         promised: it was dispatched before and lost its engine: it is sent away only when its time is up.
-
-    Attributes:
-        place: where it is now.
+        place: where it is now; this and what follows are the queue's own.
         head_at: when it was first found to be next and not to fit.
-        number: its place among all that were offered; the history tells of numbers, for a key may hold a whole request.
+        number: its place among all that were offered, 0 if it never waited; the history tells of numbers, for a key may hold a whole
+            request.
         taken_at: when it was dispatched.
-        account: the books that it stands in; the queue's own.
+        account: the books that it stands in.
     """
 
-    __slots__ = (
-        "account",
-        "arrived_at",
-        "deadline_at",
-        "head_at",
-        "key",
-        "number",
-        "place",
-        "priority",
-        "promised",
-        "size",
-        "taken_at",
-        "tokens",
-        "user",
-    )
-
-    def __init__(
-        self,
-        key: object,
-        *,
-        user: str = "",
-        priority: int = 0,
-        tokens: int,
-        size: int = 0,
-        arrived_at: float,
-        deadline_at: float = inf,
-        promised: bool = False,
-    ) -> None:
-        self.key = key
-        self.number = 0
-        self.user = user
-        self.priority = priority
-        self.tokens = max(1, tokens)
-        self.size = size
-        self.arrived_at = arrived_at
-        self.deadline_at = deadline_at
-        self.promised = promised
-        self.place = Place.NEW
-        self.head_at: float | None = None
-        self.taken_at = 0.0
-        self.account: _Account | None = None
+    key: object
+    tokens: int
+    arrived_at: float
+    user: str = ""
+    priority: int = 0
+    size: int = 0
+    deadline_at: float = inf
+    promised: bool = False
+    place: Place = Place.NEW
+    head_at: float | None = None
+    number: int = 0
+    taken_at: float = 0.0
+    account: _Account | None = None
 
     def __repr__(self) -> str:
         return f"<Entry {self.key} {self.place} priority {self.priority}, {self.tokens} tokens, {self.size} bytes>"
@@ -279,7 +252,7 @@ class _Level:
 class _Rate:
     """Tokens released per second, over the time in which somebody waited, weighted by how long ago that was."""
 
-    __slots__ = ("_at", "_full", "_full_s", "_recent", "_releases", "_service_s", "_was_full", "known")
+    __slots__ = ("_at", "_full", "_full_s", "_recent", "_releases", "_service_s", "due_at", "known", "was_full")
 
     def __init__(self) -> None:
         self._at = -inf
@@ -288,7 +261,8 @@ class _Rate:
         self._full_s = 0.0
         self._releases = 0
         self._service_s = 1.0
-        self._was_full = False
+        self.was_full = False
+        self.due_at = -inf
         self.known = False
 
     @property
@@ -298,10 +272,9 @@ class _Rate:
     def advance(self, now: float, *, full: bool) -> None:
         """Time passes, in which the engines were full or not."""
         passed = now - self._at
-        if passed < _RATE_STEP_S and full is self._was_full:
-            return  # requests come and go by thousands in a second
-        self._was_full = full
+        self.was_full = full
         self._at = max(now, self._at)
+        self.due_at = self._at + _RATE_STEP_S
         if not 0.0 < passed < inf:
             return
         kept = exp(-passed / self._memory_s)
@@ -337,6 +310,9 @@ class Queue:
         target_s: what a wait may be for long.
         interval_s: for how long it may be more.
         bytes_limit: of all bodies that wait.
+
+    Attributes:
+        waiting: how many wait.
     """
 
     def __init__(
@@ -358,7 +334,7 @@ class Queue:
         self._total = 0
         self._tokens = 0
         self._size = 0
-        self._waiting = 0
+        self.waiting = 0
         self._running = 0
         self._deadlines: list[tuple[float, int, Entry]] = []
         self._offers = 0
@@ -369,13 +345,13 @@ class Queue:
         rate = self.rate
         speed = "unknown" if rate is None else f"{rate:.0f}"
         return (
-            f"<Queue {self._waiting} waiting ({self._tokens} tokens, {self._size} bytes), {self._running} running, "
+            f"<Queue {self.waiting} waiting ({self._tokens} tokens, {self._size} bytes), {self._running} running, "
             f"rate {speed} tokens/s, {'standing' if self.standing else 'calm'}>"
         )
 
     def __len__(self) -> int:
         """How many wait."""
-        return self._waiting
+        return self.waiting
 
     @property
     def running(self) -> int:
@@ -607,7 +583,7 @@ class Queue:
             served: False if its engine failed, which says nothing about how fast the engines are.
         """
         account = entry.account
-        if account is None or entry.place not in {Place.WAITING, Place.RUNNING}:
+        if account is None:
             return
         self._advance(now)
         if entry.place is Place.WAITING:
@@ -618,7 +594,8 @@ class Queue:
             account.running -= 1
             self._running -= 1
         self._forget(account, entry)
-        self.history.append((now, entry.number, "left"))
+        if entry.number:
+            self.history.append((now, entry.number, "left"))
 
     def expire(self, *, now: float, jitter: float = 0.0) -> list[Shed]:
         """Sends away those whose time is up. To be called at `next_deadline`."""
@@ -669,7 +646,9 @@ class Queue:
     # --- books
 
     def _advance(self, now: float) -> None:
-        self._rate.advance(now, full=self._blocked)
+        rate = self._rate
+        if now >= rate.due_at or self._blocked is not rate.was_full:  # requests come and go by thousands in a second
+            rate.advance(now, full=self._blocked)
 
     def _account(self, entry: Entry) -> _Account:
         level = self._levels.get(entry.priority)
@@ -696,11 +675,11 @@ class Queue:
         entry.account, entry.place = account, Place.WAITING
         self._tokens += entry.tokens
         self._size += entry.size
-        self._waiting += 1
+        self.waiting += 1
         self._total += entry.tokens
         self._held[entry.user] = self._held.get(entry.user, 0) + entry.tokens
         heappush(self._deadlines, (min(entry.arrived_at + self.timeout_s, entry.deadline_at), entry.number, entry))
-        if len(self._deadlines) > 2 * self._waiting + 16:
+        if len(self._deadlines) > 2 * self.waiting + 16:
             self._deadlines = [d for d in self._deadlines if d[2].place is Place.WAITING]
             heapify(self._deadlines)
         self.history.append((now, entry.number, "offered"))
@@ -710,8 +689,8 @@ class Queue:
         account.level.remove(account, entry)
         self._tokens -= entry.tokens
         self._size -= entry.size
-        self._waiting -= 1
-        self._blocked = self._blocked and self._waiting > 0
+        self.waiting -= 1
+        self._blocked = self._blocked and self.waiting > 0
 
     def _forget(self, account: _Account, entry: Entry) -> None:
         """It neither waits nor runs."""
@@ -730,7 +709,7 @@ class Queue:
         assert self._order == sorted(self._levels)
         accounts = [a for level in levels for a in level.accounts.values()]
         waiting = [e for a in accounts for e in a.entries]
-        assert len(waiting) == self._waiting == sum(level.waiting for level in levels)
+        assert len(waiting) == self.waiting == sum(level.waiting for level in levels)
         assert sum(e.tokens for e in waiting) == self._tokens == sum(level.tokens for level in levels)
         assert sum(e.size for e in waiting) == self._size == sum(level.size for level in levels)
         assert sum(a.running for a in accounts) == self._running

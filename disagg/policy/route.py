@@ -54,6 +54,8 @@ def pool_of(view: ClusterView, model: str) -> Pool:
         NoCapacityError: no request can be served at the moment.
     """
     pool = view.pools.get(model)
+    if pool is not None and pool.can_serve:
+        return pool
     if pool is None and not model and len(view.pools) == 1:
         pool = next(iter(view.pools.values()))
     if pool is not None and pool.can_serve:
@@ -110,6 +112,8 @@ def _least_pair(pool: Pool, in_flight: InFlight, exclude: Collection[EngineId]) 
 
 
 def _least(engines: tuple[EngineView, ...], in_flight: InFlight, exclude: Collection[EngineId]) -> EngineView | None:
+    if not engines:
+        return None
     best: EngineView | None = None
     best_key = (0.0, 0)
     now, turn = in_flight.now, in_flight.turn

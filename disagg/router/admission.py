@@ -25,6 +25,9 @@ from disagg.policy.route import InFlight, choose, pool_of
 
 STANDING_SHARE = 0.5
 """Of the longest wait: a queue in which everybody waits longer than this is too much. Some more clients than places are not: they wait."""
+LEARN_ALL = 64
+LEARN_EACH = 8
+"""After the first ones, from how many answers one is looked at."""
 _PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s?([0-9]{1,9})')
 _USAGE_WITHIN = 1024  # it stands at the end of an answer
 
@@ -84,33 +87,38 @@ class Promise:
         entry, queue: where it is counted; None for the router's own requests.
     """
 
-    __slots__ = ("_admission", "_tokens", "choice", "entry", "queue", "served")
+    __slots__ = ("_admission", "_decode_tokens", "_prefill_tokens", "choice", "entry", "queue", "served")
 
-    def __init__(self, admission: Admission, choice: Choice, tokens: dict[int, int]) -> None:
+    def __init__(self, admission: Admission, choice: Choice, prefill_tokens: int | None, decode_tokens: int) -> None:
         self.choice = choice
         self.served = True
         self.entry: Entry | None = None
         self.queue: Queue | None = None
         self._admission = admission
-        self._tokens = tokens
+        self._prefill_tokens = prefill_tokens  # None: there is nothing to take back
+        self._decode_tokens: int | None = decode_tokens
 
     def end(self, slot: int) -> None:
         """The engine in this slot is through with it; said twice it counts once."""
-        tokens = self._tokens.pop(slot, None)
+        if slot == self.choice.decode.slot:
+            tokens, self._decode_tokens = self._decode_tokens, None
+        else:
+            tokens, self._prefill_tokens = self._prefill_tokens, None
         if tokens is not None:
             self._admission.taken_back(slot, tokens)
-            if not self._tokens:
+            if self._decode_tokens is None and self._prefill_tokens is None:
                 self._admission.over(self)
 
     def end_all(self) -> None:
         """Nothing was sent."""
         self.served = False
-        for slot in list(self._tokens):
-            self.end(slot)
+        for engine in (self.choice.prefill, self.choice.decode):
+            if engine is not None:
+                self.end(engine.slot)
 
     def tokens(self, slot: int) -> int:
         """What is promised of the engine in this slot."""
-        return self._tokens.get(slot, 0)
+        return (self._decode_tokens if slot == self.choice.decode.slot else self._prefill_tokens) or 0
 
 
 class _Waiter:
@@ -163,6 +171,8 @@ class Admission:
         self._queues: dict[tuple[str, bool], Queue] = {}
         self._loads: dict[int, EngineLoad] = {}
         self._pids: dict[int, int] = {}
+        self._waiting = 0
+        self._told = 0
         self._is_due = False
 
     # --- in
@@ -179,19 +189,20 @@ class Admission:
             UnknownModelError, NoCapacityError, ShareError, DeadlineError: it cannot be served, or not in time.
         """
         queue = self._queue(wanting)
-        if not len(queue):
+        if not queue.waiting:
             promise = self._try(wanting, exclude)
             if promise is not None:
-                promise.entry = self._entry(wanting, None, promise.tokens(promise.choice.decode.slot), again=again)
+                now = self._clock()
+                promise.entry = Entry(None, promise.tokens(promise.choice.decode.slot), now, wanting.user, wanting.priority)
                 promise.queue = queue
-                queue.admit(promise.entry, now=self._clock())
+                queue.admit(promise.entry, now=now)
                 self._on_waited(0.0)
                 return promise
         return await self._wait(queue, wanting, exclude, again=again)
 
     def promise(self, choice: Choice, tokens: int = 0) -> Promise:
         """A promise for what does not wait, as the router's own canaries."""
-        return self._promise(choice, tokens, tokens)
+        return self._promise(choice, None if choice.prefill is None else tokens, tokens)
 
     def could_serve(self, wanting: Wanting, exclude: Collection[EngineId]) -> bool:
         """True when engines are there, with room or without. Raises UnknownModelError."""
@@ -208,8 +219,9 @@ class Admission:
 
     async def _wait(self, queue: Queue, wanting: Wanting, exclude: Collection[EngineId], *, again: bool) -> Promise:
         waiter = _Waiter(wanting, exclude, self._loop.create_future())
-        entry = self._entry(wanting, waiter, self._cost(wanting), again=again)
+        entry = self._entry(wanting, waiter, self._price(wanting, wanting.model)[1], again=again)
         self._send_away(queue.offer(entry, now=self._clock(), jitter=self._chance()))
+        self._waiting += 1
         try:
             self._pump(queue)
             return await waiter.place
@@ -218,6 +230,7 @@ class Admission:
                 waiter.place.result().end_all()  # it was let in, and left in the same moment
             raise
         finally:
+            self._waiting -= 1
             if entry.place is Place.WAITING:
                 queue.leave(entry, now=self._clock(), served=False)
 
@@ -280,55 +293,51 @@ class Admission:
             exclude = [*exclude, *shut]
         try:
             choice = self._choose(wanting, exclude)
-            facts = choice.decode.facts
-            decode_tokens = self._cost(wanting, facts.context_tokens)
-            prefill_tokens = 0
-            if choice.prefill is not None:
-                prefill_tokens = self.ledger.prompt_tokens(facts.model, wanting.body_bytes, facts.context_tokens)
-            if self._full(choice, prefill_tokens, decode_tokens):
-                choice = self._choose(wanting, [*exclude, *self._all_full(wanting, prefill_tokens, decode_tokens)])
+            prefill, decode = choice.prefill, choice.decode
+            prompt_tokens, tokens = self._price(wanting, decode.facts.model, decode.facts.context_tokens)
+            if self._is_full(decode, tokens) or (prefill is not None and self._is_full(prefill, prompt_tokens)):
+                choice = self._choose(wanting, [*exclude, *self._all_full(wanting, prompt_tokens, tokens)])
+                prefill, decode = choice.prefill, choice.decode
         except NoCapacityError:
             return None
-        wanting.promised([e.id for e in (choice.prefill, choice.decode) if e is not None])
-        return self._promise(choice, prefill_tokens, decode_tokens)
+        wanting.promised((decode.id,) if prefill is None else (prefill.id, decode.id))
+        return self._promise(choice, None if prefill is None else prompt_tokens, tokens)
 
     def _choose(self, wanting: Wanting, exclude: Collection[EngineId]) -> Choice:
         pool = pool_of(self._view(), wanting.model)
         return choose(pool, self.in_flight, exclude=exclude, unified_only=wanting.unified_only)
 
-    def _full(self, choice: Choice, prefill_tokens: int, decode_tokens: int) -> bool:
-        prefill, decode = choice.prefill, choice.decode
-        return self._is_full(decode, decode_tokens) or (prefill is not None and self._is_full(prefill, prefill_tokens))
-
     def _is_full(self, engine: EngineView, tokens: int) -> bool:
         return not self.ledger.room(engine, tokens, self.in_flight.now[engine.slot])
 
-    def _all_full(self, wanting: Wanting, prefill_tokens: int, decode_tokens: int) -> list[EngineId]:
+    def _all_full(self, wanting: Wanting, prompt_tokens: int, tokens: int) -> list[EngineId]:
         pool = pool_of(self._view(), wanting.model)
-        needs = ((pool.prefill, prefill_tokens), (pool.decode, decode_tokens), (pool.unified, decode_tokens))
+        needs = ((pool.prefill, prompt_tokens), (pool.decode, tokens), (pool.unified, tokens))
         return [e.id for engines, tokens in needs for e in engines if self._is_full(e, tokens)]
 
-    def _promise(self, choice: Choice, prefill_tokens: int, decode_tokens: int) -> Promise:
-        tokens = {choice.decode.slot: decode_tokens}
+    def _promise(self, choice: Choice, prefill_tokens: int | None, decode_tokens: int) -> Promise:
         if choice.prefill is not None:
-            tokens[choice.prefill.slot] = prefill_tokens
-        for slot, count in tokens.items():
-            self.in_flight.start(slot)
-            self.ledger.reserve(slot, count)
-        return Promise(self, choice, tokens)
+            self.in_flight.start(choice.prefill.slot)
+            self.ledger.reserve(choice.prefill.slot, prefill_tokens or 0)
+        self.in_flight.start(choice.decode.slot)
+        self.ledger.reserve(choice.decode.slot, decode_tokens)
+        return Promise(self, choice, prefill_tokens, decode_tokens)
 
-    def _cost(self, wanting: Wanting, limit: int = 0) -> int:
-        """Tokens of a decode engine; `limit` is the longest context of one answer."""
-        first = self.ledger.cost(wanting.model, wanting.body_bytes, wanting.max_tokens, limit)
+    def _price(self, wanting: Wanting, model: str, limit: int = 0) -> tuple[int, int]:
+        """Tokens of a prefill and of a decode engine; `limit` is the longest context of one answer."""
+        prompt, first = self.ledger.price(model, wanting.body_bytes, wanting.max_tokens, limit)
         more = wanting.answers - 1
-        return first + more * min(RESERVED_TOKENS, wanting.max_tokens or RESERVED_TOKENS) if more else first
+        return prompt, first + more * min(RESERVED_TOKENS, wanting.max_tokens or RESERVED_TOKENS) if more else first
 
     def _queue(self, wanting: Wanting) -> Queue:
         """Its own for what only a unified engine may take: pairs that are free must not wait behind it."""
-        name = (wanting.model if wanting.model in self._view().pools else "", wanting.unified_only)
-        queue = self._queues.get(name)
+        unified_only = wanting.unified_only
+        queue = self._queues.get((wanting.model, unified_only))
         if queue is None:
-            queue = self._queues[name] = Queue(timeout_s=self._timeout_s, target_s=self._timeout_s * STANDING_SHARE)
+            name = (wanting.model if wanting.model in self._view().pools else "", unified_only)  # what clients ask for makes no queues
+            queue = self._queues.get(name)
+            if queue is None:
+                queue = self._queues[name] = Queue(timeout_s=self._timeout_s, target_s=self._timeout_s * STANDING_SHARE)
         return queue
 
     def _grow(self, slots: int) -> None:
@@ -337,7 +346,10 @@ class Admission:
         self._pace.grow(slots)
 
     def learn(self, choice: Choice, body_bytes: int, answer: bytes) -> None:
-        """A whole answer tells how many tokens its prompt had."""
+        """A whole answer tells how many tokens its prompt had. A sample of them is enough: it is a mean that is sought."""
+        self._told += 1
+        if self._told > LEARN_ALL and self._told % LEARN_EACH:
+            return
         usage = _PROMPT_TOKENS.search(answer, max(0, len(answer) - _USAGE_WITHIN))
         if usage is not None:
             self.ledger.learn(choice.decode.facts.model, body_bytes, int(usage[1]))
@@ -348,7 +360,8 @@ class Admission:
         """A leg ended."""
         self.in_flight.end(slot)
         self.ledger.release(slot, tokens)
-        self.look_soon()
+        if self._waiting:
+            self.look_soon()
 
     def over(self, promise: Promise) -> None:
         """All of its legs ended."""
@@ -373,7 +386,7 @@ class Admission:
 
     def look_soon(self) -> None:
         """Those who wait are looked at in the loop's next round."""
-        if not self._is_due and any(map(len, self._queues.values())):
+        if self._waiting and not self._is_due:
             self._is_due = True
             self._loop.call_soon(self._look)
 

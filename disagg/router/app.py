@@ -24,7 +24,7 @@ from disagg.model import ClusterView
 from disagg.observe.metrics import RouterMetrics
 from disagg.router.client import Client
 from disagg.router.compose import Composition
-from disagg.router.connection import Server, error_response, hurry, read_body
+from disagg.router.connection import Connection, Server, error_response, hurry, read_body
 from disagg.router.gate import Gate
 from disagg.router.legs import WholeLeg
 from disagg.router.merge import sample_bodies
@@ -160,7 +160,8 @@ class PublicListener:
             self._log.exception("a request failed by a fault of disagg", request=client.request_id)
             self._fail(client, record, DisaggError(f"disagg failed on this request ({type(error).__name__}); its log says why"))
         finally:
-            record.seal()
+            if record.outcome != "ok" or len(record.trail) > 1:  # else nothing went wrong
+                record.seal()
             metrics.inflight -= 1
             metrics.requests[path, record.outcome] += 1
         return client.finished()
@@ -292,8 +293,8 @@ def _user(http: web.BaseRequest) -> str:
     key = http.headers.get("Authorization")
     if key is not None:
         return f"key {hash(key):x}"
-    peer = http.get_extra_info("peername")
-    return str(peer[0]) if isinstance(peer, tuple) else ""
+    connection = http.protocol
+    return connection.address if isinstance(connection, Connection) else ""
 
 
 def _priority(http: web.BaseRequest) -> int:

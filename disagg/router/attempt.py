@@ -200,6 +200,12 @@ class Attempt:
         self.handle(LegsSent())
 
     @property
+    def reader(self) -> int:
+        """The slot of the engine that reads the prompt."""
+        prefill = self.choice.prefill
+        return self.choice.decode.slot if prefill is None else prefill.slot
+
+    @property
     def slots(self) -> tuple[int, ...]:
         """Of its engines."""
         prefill, decode = self.choice.prefill, self.choice.decode

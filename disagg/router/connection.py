@@ -80,14 +80,18 @@ class Server(web.Server):
 
 
 class Connection(web.RequestHandler):
-    """One client's connection."""
+    """One client's connection.
 
-    __slots__ = ("_address", "_bye", "_head_timer", "_heard", "_let_in", "_server")
+    Attributes:
+        address: of the client; empty where it has none.
+    """
+
+    __slots__ = ("_bye", "_head_timer", "_heard", "_let_in", "_server", "address")
 
     def __init__(self, server: Server, **kwargs: Any) -> None:
         super().__init__(server, **kwargs)
         self._server = server
-        self._address = ""
+        self.address = ""
         self._let_in = False
         self._heard = False
         self._head_timer: asyncio.TimerHandle | None = None
@@ -97,8 +101,8 @@ class Connection(web.RequestHandler):
         """Part of `asyncio.Protocol`."""
         peer = transport.get_extra_info("peername")
         connected = transport.get_extra_info("socket")
-        self._address = peer[0] if isinstance(peer, tuple) else ""
-        reason = self._server.gate.enter(self._address, connected.fileno() if connected is not None else 0)
+        self.address = peer[0] if isinstance(peer, tuple) else ""
+        reason = self._server.gate.enter(self.address, connected.fileno() if connected is not None else 0)
         if reason:
             self._refuse(transport, _REFUSALS[reason])
             return
@@ -162,7 +166,7 @@ class Connection(web.RequestHandler):
                 timer.cancel()
         self._head_timer = None
         if self._let_in:
-            self._server.gate.leave(self._address)
+            self._server.gate.leave(self.address)
             super().connection_lost(exc)
         elif self._bye is not None:
             self._server.farewells -= 1

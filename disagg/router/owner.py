@@ -295,7 +295,7 @@ class Owner:
         if rest:
             self._metrics.replays[_reason(attempt)] += 1
             resumes["resumed"] += 1
-            run.job.rest = rest
+            run.job.ask_for(rest)
             return False
         resumes["completed"] += 1
         stream.finish(client, missing)
@@ -369,16 +369,17 @@ class _Run:
         others_only: the engine's last word was an error of its own, or silence: the same engine would say it again.
     """
 
+    replays = 0
+    unsent = 0
+    others_only = False
+    wants_budget = False
+    has_budget = False
+    last_error: DisaggError | None = None
+
     def __init__(self, job: Job, stream: Stream | None) -> None:
         self.job = job
         self.stream = stream
-        self.replays = 0
-        self.unsent = 0
         self.avoid: dict[EngineId, tuple[EngineAddress, float]] = {}
-        self.others_only = False
-        self.wants_budget = False
-        self.has_budget = False
-        self.last_error: DisaggError | None = None
 
     def may_move(self) -> bool:
         """True when the rest of the answer can be made on other engines."""

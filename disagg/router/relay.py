@@ -79,9 +79,31 @@ class Job:
 
     Attributes:
         attempts: how many were made so far.
+        model: the model asked for; empty for the only one there is.
+        max_tokens: how long one answer may become.
+        body_bytes: of `rest`.
+        answers: how many answers `rest` asks for.
+        unified_only: it still asks for several samples: it was not split, because only unified engines were there; a pair must not see it.
+        arrived_at: when it came.
     """
 
-    __slots__ = ("attempts", "deadline_at", "priority", "record", "request", "rest", "sample", "trial", "user")
+    __slots__ = (
+        "answers",
+        "arrived_at",
+        "attempts",
+        "body_bytes",
+        "deadline_at",
+        "max_tokens",
+        "model",
+        "priority",
+        "record",
+        "request",
+        "rest",
+        "sample",
+        "trial",
+        "unified_only",
+        "user",
+    )
 
     def __init__(
         self,
@@ -97,12 +119,23 @@ class Job:
         self.user = user
         self.priority = priority
         self.request = request
-        self.rest = rest
         self.sample = sample
         self.deadline_at = deadline_at
         self.record = record
+        self.arrived_at = record.started_at
         self.attempts = 0
         self.trial: Trial | None = None
+        self.model = request.model
+        self.max_tokens = request.max_tokens
+        self.ask_for(rest)
+
+    def ask_for(self, rest: bytes) -> None:
+        """The next attempt has this body."""
+        request = self.request
+        self.rest = rest
+        self.body_bytes = len(rest)
+        self.unified_only = request.samples > 1 and rest is request.rest
+        self.answers = (request.prompts or 1) * (request.samples if self.unified_only else 1)
 
     def shut(self) -> Collection[EngineId]:
         """Engines that are closed to it at the moment."""
@@ -112,41 +145,6 @@ class Job:
         """It goes to these engines."""
         if self.trial is not None:
             self.trial.sent(engines)
-
-    @property
-    def model(self) -> str:
-        """The model asked for; empty for the only one there is."""
-        return self.request.model
-
-    @property
-    def body_bytes(self) -> int:
-        """Of its body."""
-        return len(self.rest)
-
-    @property
-    def max_tokens(self) -> int | None:
-        """How long one answer may become."""
-        return self.request.max_tokens
-
-    @property
-    def answers(self) -> int:
-        """How many answers the body asks for."""
-        return (self.request.prompts or 1) * (self.request.samples if self.holds_samples else 1)
-
-    @property
-    def unified_only(self) -> bool:
-        """A pair must not see it."""
-        return self.holds_samples
-
-    @property
-    def arrived_at(self) -> float:
-        """When it came."""
-        return self.record.started_at
-
-    @property
-    def holds_samples(self) -> bool:
-        """True when the body still asks for several samples: it was not split, because only unified engines were there."""
-        return self.request.samples > 1 and self.rest is self.request.rest
 
     def rids(self) -> list[str]:
         """The engine-side ids of the next attempt, one for each prompt; no two attempts or samples of a request share one."""
@@ -263,13 +261,13 @@ class Relay:
         choice = promise.choice
         prefill_slot = choice.prefill.slot if choice.prefill is not None else None
         whole, max_tokens = not job.request.stream, job.request.max_tokens
-        limits = self.pace.limits(prefill_slot, choice.decode.slot, len(job.rest), whole=whole, max_tokens=max_tokens)
+        limits = self.pace.limits(prefill_slot, choice.decode.slot, job.body_bytes, whole=whole, max_tokens=max_tokens)
         handoff = Handoff(paired=choice.prefill is not None, limits=limits, deadline_at=job.deadline_at)
         prefill = self._upstream(choice.prefill) if choice.prefill is not None else None
         attempt = Attempt(self, promise, job.rids(), handoff, prefill, self._upstream(choice.decode))
         attempt.request_id = job.record.request_id
         attempt.whole = whole
-        attempt.asked *= job.request.samples if job.holds_samples else 1
+        attempt.asked *= job.request.samples if job.unified_only else 1
         job.attempts += 1
         job.record.trail.append((choice, attempt.rids, handoff))
         self._live[attempt] = None
@@ -289,8 +287,8 @@ class Relay:
         try:
             first, second = await self._connections(attempt)
             if second is not None:
-                attempt.work = self.pace.sent(attempt.slots[0], len(job.rest))
-                attempt.prompt_bytes = len(job.rest)
+                attempt.work = self.pace.sent(attempt.reader, job.body_bytes)
+                attempt.prompt_bytes = job.body_bytes
                 attempt.send(leg(attempt, job.attempts), (first, second), self._requests(attempt, job))
                 sent = True
         finally:
@@ -490,7 +488,7 @@ class Relay:
             return
         attempt.work = None
         choice = attempt.choice
-        self.pace.left(attempt.slots[0], attempt.prompt_bytes)
+        self.pace.left(attempt.reader, attempt.prompt_bytes)
         if choice.prefill is not None or not attempt.whole:
             prefill_slot = choice.prefill.slot if choice.prefill is not None else None
             self.pace.first_token(prefill_slot, choice.decode.slot, work, now - attempt.sent_at)
@@ -502,7 +500,7 @@ class Relay:
         """No engine works for this attempt any more."""
         if attempt.work is not None:
             attempt.work = None
-            self.pace.left(attempt.slots[0], attempt.prompt_bytes)
+            self.pace.left(attempt.reader, attempt.prompt_bytes)
         self._live.pop(attempt, None)
         if attempt.handoff.state is not State.DONE:
             self.unconfirmed.append((self.clock(), tuple(e.id for e in (attempt.choice.prefill, attempt.choice.decode) if e), attempt.rids))

@@ -35,7 +35,7 @@ class Trial:
     @property
     def is_suspect(self) -> bool:
         """It was there when an engine died."""
-        return self._ledger.is_suspect(self.fingerprint, self._clock())
+        return not self._ledger.is_calm and self._ledger.is_suspect(self.fingerprint, self._clock())
 
     @property
     def past(self) -> int:
@@ -44,6 +44,8 @@ class Trial:
 
     def check(self) -> None:
         """Raises CrashedError: it killed engines."""
+        if self._ledger.is_calm:
+            return
         left_s = self._ledger.blocked(self.fingerprint, self._clock())
         if left_s:
             sentence = f"engines died while they worked on this very request, so it is not tried again for {left_s:.0f} s"
@@ -55,6 +57,8 @@ class Trial:
 
     def shut(self) -> Collection[EngineId]:
         """Engines that are closed to it at the moment."""
+        if self._ledger.is_calm:
+            return ()
         now = self._clock()
         return self._ledger.shut(self.fingerprint, now, patient=now - self._began_at < PATIENCE_S)
 
@@ -67,8 +71,10 @@ class Trial:
         """It came further than where its engine had died, or to its end."""
         engines, self._engines = self._engines, ()
         if engines:
+            was_calm = self._ledger.is_calm
             self._ledger.proved(self.fingerprint, engines)
-            self._on_room()
+            if not was_calm:
+                self._on_room()
 
     def end(self) -> None:
         """It runs there no longer, which proves nothing."""
