@@ -668,6 +668,10 @@ static bool number(const struct fields *fields, const char *name, uint64_t *valu
 static void take(struct leg *leg, const struct head *head, const char *body)
 {
     const char *behind, *before = find_text(body, head->body_size, &leg->text, &behind), *end, *value;
+    if (!before && memmem(body, head->body_size, "\"extra_key\"", 11)) { /* no client of ours asks so: a router's own canary */
+        reply(leg, "400 Bad Request", "application/json", "{\"error\":{\"message\":\"no text\",\"type\":\"rig\",\"code\":400}}");
+        return;
+    }
     if (!before) {
         refuse(leg, TEXT_DAMAGED);
         return;
