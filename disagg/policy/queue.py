@@ -8,8 +8,8 @@ Theory of operation.
 * **What does not fit** keeps its place. For a second smaller ones may pass it, of its own user too; then it waits for room with everything
   behind it, so that big ones are not starved.
 * **Bounded in time and bytes.** How long an arrival would wait is the tokens that go before it, divided by the measured rate at which
-  tokens are released. Over the limit it is sent away at once; if others of lower priority wait, or a user crowds the level, their newest
-  goes.
+  tokens are released. Over the limit, or close to it, it is sent away at once; if others of lower priority wait, or a user crowds the
+  level, their newest goes.
 * **No standing queue.** A queue that absorbs a burst is good; one that is never short is only delay. When the shortest wait of what was
   dispatched stayed above a target for an interval (the idea of CoDel), arrivals are let in only while they would wait less than the target,
   until for an interval nobody had to be sent away and the waits are below it. This is kept for each priority, and for each user in it: the
@@ -38,6 +38,8 @@ TIMEOUT_S = 10.0
 TARGET_S = 0.5
 INTERVAL_S = 2.0
 BYTES_LIMIT = 64 << 20
+SURE = 0.8
+"""Who would wait longer than this share of the longest wait is sent away at once: estimates err, and nobody should wait in vain."""
 PASS_S = 1.0
 """For how long smaller ones may pass a head that does not fit."""
 RETRY_LIMIT_S = 60
@@ -427,7 +429,7 @@ class Queue:
         wait_s = self._estimate(entry.user, entry.priority, entry.tokens)
         if wait_s is None:
             return None
-        limit_s = min(self.timeout_s, entry.deadline_at - now)
+        limit_s = min(self.timeout_s * SURE, entry.deadline_at - now)
         if wait_s > limit_s:
             return self._send_away(entry, Reason.WAIT, wait_s - max(0.0, limit_s), now, jitter)
         if wait_s < self.target_s:
@@ -492,11 +494,11 @@ class Queue:
     def _displace(self, entry: Entry, account: _Account, now: float, jitter: float) -> list[Shed]:
         """More waits than can be served in time, since one came that goes before others: the last of those go."""
         rate, shed = self._rate.per_s(), list[Shed]()
-        while rate is not None and self._tokens > rate * self.timeout_s:
+        while rate is not None and self._tokens > rate * self.timeout_s * SURE:
             victim = self._victim(entry, account)
             if victim is None:
                 break
-            shed.append(self._drop(victim, Reason.DISPLACED, self._tokens / rate - self.timeout_s, now, jitter))
+            shed.append(self._drop(victim, Reason.DISPLACED, self._tokens / rate - self.timeout_s * SURE, now, jitter))
         return shed
 
     def _victim(self, entry: Entry, account: _Account) -> Entry | None:
