@@ -113,7 +113,7 @@ class Clients:
     async def learn(self) -> None:
         """What is right, while nothing is killed."""
         async with asyncio.timeout(READY_LIMIT_S):
-            while (await self._try(0))[0] != 200:
+            while (await self._try(0))[0] != 200:  # noqa: ASYNC110  # HTTP has no event
                 await asyncio.sleep(0.1)
         answers = [await self.ask(question) for question in range(QUESTIONS)]
         assert all(status == 200 for status, _, _ in answers), answers
