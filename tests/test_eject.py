@@ -24,6 +24,7 @@ from disagg.policy.eject import (
     Event,
     Faulted,
     HandedOver,
+    Measure,
     Paced,
     PairFaulted,
     Probed,
@@ -299,7 +300,19 @@ def test_who_hands_over_to_somebody_is_not_ejected_for_links() -> None:
 
 
 def pace(rig: Rig, steps: dict[EngineId, float], now: float, samples: int) -> list[Command]:
-    return rig.feed(Paced({engine: (step, samples) for engine, step in steps.items()}), now)
+    return rig.feed(Paced({engine: Measure(step, samples) for engine, step in steps.items()}), now)
+
+
+def test_an_engine_that_reads_little_at_a_time_is_not_slow() -> None:
+    """Each byte takes longer where there are few of them; the prompts are through sooner all the same."""
+    rig = Rig()
+    for at in range(20):
+        rig.feed(Paced({P0: Measure(1e-4, 10 + at, 0.05), P1: Measure(1e-5, 10 + at, 0.1), P2: Measure(1e-5, 10 + at, 0.1)}), float(at))
+    assert rig.out == set()
+    assert rig.machine.weights == {}
+    for at in range(20, 40):
+        rig.feed(Paced({P0: Measure(1e-4, 10 + at, 1.0), P1: Measure(1e-5, 10 + at, 0.1), P2: Measure(1e-5, 10 + at, 0.1)}), float(at))
+    assert rig.out == {P0}
 
 
 def test_a_slow_engine_is_weighted_at_once_and_ejected_after_ten_seconds() -> None:
@@ -348,7 +361,7 @@ def test_who_gets_no_work_is_tried_again() -> None:
     pace(rig, {D0: 0.2, D1: 0.02}, 0.0, 10)
     assert rig.machine.weights == {D0: WEIGHT_MAX}
     for at in range(1, 60):
-        rig.feed(Paced({D0: (0.2, 10), D1: (0.02, 10 + at)}), float(at))
+        rig.feed(Paced({D0: Measure(0.2, 10), D1: Measure(0.02, 10 + at)}), float(at))
     assert rig.machine.weights == {}
 
 
@@ -359,7 +372,7 @@ def test_one_that_came_back_is_not_ejected_for_what_was_measured_before() -> Non
     assert rig.out == {D0}
     rig.feed(Tick(), 15.0)
     for at in range(16, 40):
-        rig.feed(Paced({D0: (0.2, 11), D1: (0.02, 20 + at), D2: (0.02, 20 + at)}), float(at))
+        rig.feed(Paced({D0: Measure(0.2, 11), D1: Measure(0.02, 20 + at), D2: Measure(0.02, 20 + at)}), float(at))
         assert rig.out == set()
 
 
@@ -386,7 +399,7 @@ def test_whatever_happens_somebody_is_left(seed: int) -> None:
                 PairFaulted(*pair, "x"),
                 HandedOver(*pair),
                 Served(chance.choice(everyone)),
-                Paced({e: (chance.choice((0.01, 0.02, 0.1)), samples) for e in everyone if chance.random() < 0.9}),
+                Paced({e: Measure(chance.choice((0.01, 0.02, 0.1)), samples) for e in everyone if chance.random() < 0.9}),
                 ViewChanged(
                     view(
                         *counts,

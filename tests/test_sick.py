@@ -15,7 +15,20 @@ import msgspec
 from disagg.errors import NoCapacityError
 from disagg.handoff import Limits
 from disagg.model import Choice, ClusterView, EngineAddress, EngineFacts, EngineId, EngineState, EngineView, Role
-from disagg.policy.eject import Command, Ejector, Event, HandedOver, Paced, PairFaulted, Probed, ProbePair, Served, Tick, ViewChanged
+from disagg.policy.eject import (
+    Command,
+    Ejector,
+    Event,
+    HandedOver,
+    Measure,
+    Paced,
+    PairFaulted,
+    Probed,
+    ProbePair,
+    Served,
+    Tick,
+    ViewChanged,
+)
 from disagg.policy.pace import Pace
 from disagg.policy.route import InFlight, choose
 
@@ -118,10 +131,13 @@ class Town:
         if self.now < until:
             self._at(self.now + BEAT_S, lambda: self._beat(until))
 
-    def _measure(self, engine: EngineView) -> tuple[float, int] | None:
+    def _measure(self, engine: EngineView) -> Measure | None:
         reads = engine.address.role is Role.PREFILL
         measured = (self.pace.byte_s if reads else self.pace.step_s)(engine.slot)
-        return None if measured is None else (measured, self.pace.samples(engine.slot)[0 if reads else 1])
+        if measured is None:
+            return None
+        whole_s = self.pace.first_token_mean_s(engine.slot) if reads else None
+        return Measure(measured, self.pace.samples(engine.slot)[0 if reads else 1], whole_s)
 
     def _arrive(self, until: float) -> None:
         self._send(self.now, 1, [])

@@ -70,7 +70,7 @@ from disagg.model import (
     HostView,
     Role,
 )
-from disagg.policy.eject import Changed, Ejector, Faulted, HandedOver, Paced, PairFaulted, Probed, ProbePair, Served, ViewChanged
+from disagg.policy.eject import Changed, Ejector, Faulted, HandedOver, Measure, Paced, PairFaulted, Probed, ProbePair, Served, ViewChanged
 from disagg.policy.eject import Event as Symptom
 from disagg.policy.eject import Tick as EjectorTick
 from disagg.policy.pace import Pace
@@ -499,13 +499,14 @@ class Controller:
             self._paced_at = now
             self._treat(Paced(self._measures(self.pace)))
 
-    def _measures(self, pace: Pace) -> dict[EngineId, tuple[float, int]]:
+    def _measures(self, pace: Pace) -> dict[EngineId, Measure]:
         found = {}
         for detector in self._detectors.values():
             slot, reads = detector.view.slot, detector.view.address.role is Role.PREFILL
             measured = pace.byte_s(slot) if reads else pace.step_s(slot)
             if measured is not None:
-                found[detector.id] = (measured, pace.samples(slot)[0 if reads else 1])
+                samples = pace.samples(slot)[0 if reads else 1]
+                found[detector.id] = Measure(measured, samples, pace.first_token_mean_s(slot) if reads else None)
         return found
 
     def _treat(self, symptom: Symptom) -> None:

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping
 from statistics import median_low
+from typing import NamedTuple
 
 import msgspec
 
@@ -89,10 +90,25 @@ class Served(msgspec.Struct, frozen=True, gc=False):
     engine: EngineId
 
 
-class Paced(msgspec.Struct, frozen=True):
-    """What was measured, by engine: seconds per unit of its role's work, and how many samples that were since it started."""
+class Measure(NamedTuple):
+    """How fast an engine is.
 
-    measures: Mapping[EngineId, tuple[float, int]]
+    Attributes:
+        unit_s: seconds per unit of its role's work.
+        samples: how many that were since it started.
+        whole_s: seconds until such work is done, where small pieces of it cost nearly as much as large ones: an engine is slower than
+            others only if that is longer, too. One that has little to do reads fewer bytes at a time, and so takes longer for each.
+    """
+
+    unit_s: float
+    samples: int
+    whole_s: float | None = None
+
+
+class Paced(msgspec.Struct, frozen=True):
+    """What was measured, by engine."""
+
+    measures: Mapping[EngineId, Measure]
 
 
 class Probed(msgspec.Struct, frozen=True):
@@ -385,23 +401,22 @@ class Ejector:
 
     # --- slowness
 
-    def _paced(self, measures: Mapping[EngineId, tuple[float, int]], now: float) -> list[Command]:
-        for name, (_, samples) in measures.items():
+    def _paced(self, measures: Mapping[EngineId, Measure], now: float) -> list[Command]:
+        for name, measure in measures.items():
             engine = self._engines.get(name)
-            if engine is not None and samples != engine.samples:
-                engine.samples, engine.fresh_at, engine.stale = samples, now, False
+            if engine is not None and measure.samples != engine.samples:
+                engine.samples, engine.fresh_at, engine.stale = measure.samples, now, False
         return [c for pool in self._pools for role in _roles(pool) for c in self._compare(role, measures, now)]
 
-    def _compare(self, role: tuple[EngineView, ...], measures: Mapping[EngineId, tuple[float, int]], now: float) -> list[Command]:
-        known = [e.id for e in role if e.id in measures and measures[e.id][0] > 0.0 and not self._is_out(e.id)]
+    def _compare(self, role: tuple[EngineView, ...], measures: Mapping[EngineId, Measure], now: float) -> list[Command]:
+        known = {e.id: measures[e.id] for e in role if e.id in measures and measures[e.id].unit_s > 0.0 and not self._is_out(e.id)}
         if len(known) < 2:
             return []
-        middle = median_low([measures[name][0] for name in known])
+        slower = _slower(known)
         commands: list[Command] = []
-        for name in known:
-            commands += self._weigh(name, measures[name][0] / middle, now)
-        for name in known:
-            times = measures[name][0] / middle
+        for name, times in slower.items():
+            commands += self._weigh(name, times, now)
+        for name, times in slower.items():
             engine = self._engines[name]
             if engine.slow_since is not None and now - engine.slow_since >= SLOW_FOR_S and self._may_be_too_slow(engine, role):
                 commands += self._eject(
@@ -470,6 +485,16 @@ class Ejector:
         name = min(members, key=lambda name: self._engines[name].out_until or 0.0)
         self._bring_back(self._engines[name], now)
         return Changed(f"{name} gets work again: no other is left")
+
+
+def _slower(measures: Mapping[EngineId, Measure]) -> dict[EngineId, float]:
+    """How many times as slow as the median each of them is."""
+    unit_s = median_low([m.unit_s for m in measures.values()])
+    wholes = [m.whole_s for m in measures.values() if m.whole_s is not None]
+    whole_s = median_low(wholes) if len(wholes) == len(measures) else 0.0
+    if not whole_s:
+        return {name: m.unit_s / unit_s for name, m in measures.items()}
+    return {name: min(m.unit_s / unit_s, (m.whole_s or 0.0) / whole_s) for name, m in measures.items()}
 
 
 def _sentence(out_for_s: float, why: str) -> str:

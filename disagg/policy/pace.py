@@ -198,6 +198,10 @@ class Pace:
             return None
         return self._seconds[slot] / self._bytes[slot]
 
+    def first_token_mean_s(self, slot: int) -> float:
+        """Seconds from sending to the first token, of those who had this engine read their prompt."""
+        return self._seconds[slot] if slot < len(self._reads) else 0.0
+
     def samples(self, slot: int) -> tuple[int, int]:
         """How many first tokens and how many tokens were measured."""
         return (self._reads[slot], self._steps[slot]) if slot < len(self._reads) else (0, 0)

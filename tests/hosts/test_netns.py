@@ -22,6 +22,11 @@ EXIT_S = 0.5
 CONNECT_S = 2.0
 """How long the router waits for a connection, `router.connect_timeout_s`."""
 HANG_S = 5.0
+HANDOVER_S = 5.0
+"""The least that a handoff gets, and what it gets as soon as it is known how long they take here."""
+ENOUGH = 16
+LINK_BACK_S = 10.0
+"""Until a pair is used again, after its link is there again."""
 READY_AGAIN_S = 3.0
 ORPHANS_GONE_S = 5.0
 NOTICED_S = 0.75
@@ -105,6 +110,53 @@ async def test_one_direction_is_cut(cluster: Cluster, source: str, target: str) 
 async def test_a_whole_host_stands_still(cluster: Cluster) -> None:
     rig = cluster.rig
     await unreachable(cluster, "d1", lambda: rig.signal_all("d1", signal.SIGSTOP), lambda: rig.signal_all("d1", signal.SIGCONT))
+
+
+async def pairs_cut(cluster: Cluster) -> set[tuple[str, str]]:
+    async with cluster.rig.session() as session, session.get(f"{cluster.rig.admin}/admin/cluster") as response:
+        return {(cut["prefill"], cut["decode"]) for cut in (await response.json())["cut"]}
+
+
+async def until_cut(cluster: Cluster, wanted: set[tuple[str, str]], limit_s: float) -> None:
+    """Waits until the router leaves exactly these pairs out."""
+    try:
+        async with asyncio.timeout(limit_s):
+            while await pairs_cut(cluster) != wanted:  # noqa: ASYNC110  HTTP has no event
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        raise AssertionError(f"not within {limit_s:g} s: {wanted or 'no pair'} cut; instead {await pairs_cut(cluster)}") from None
+
+
+async def test_two_hosts_that_cannot_reach_each_other_work_on_with_others(cluster: Cluster) -> None:
+    """Nothing is wrong with either, as far as the router sees them: only handoffs between the two fail."""
+    needs_cuts(cluster)
+    network, watch, load = cluster.rig.network, cluster.watch, cluster.load()
+    async with load.running(EVERY_S):
+        await load.until(
+            lambda answers: sum(a.flows for a in answers) >= ENOUGH, "so many streams that it is known how long a handoff takes"
+        )
+        answer = next(a for a in load.answers if a.flows)
+        prefill, decode = answer.prefill, answer.decode
+        at = time.monotonic()
+        network.cut(prefill, decode)
+        network.cut(decode, prefill)
+        try:
+            await until_cut(cluster, {(prefill, decode)}, 3 * HANDOVER_S)  # once a request goes this way
+            cut_at = time.monotonic()
+            await until(cut_at + 2.0)  # what comes now goes by other ways
+            load.stop()
+        finally:
+            network.mend(prefill, decode)
+            network.mend(decode, prefill)
+        await until_cut(cluster, set(), LINK_BACK_S)
+    assert watch.first(at, lambda g: not g.all_ready) == float("inf")
+    attempts = await load.attempts()
+    first = next(a for a in attempts if a.began_at > at and a.engines == {prefill, decode})
+    assert first.ended_at - first.began_at <= HANDOVER_S + MARGIN_S
+    assert cut_at - first.ended_at <= MARGIN_S
+    assert [a for a in attempts if a.began_at > cut_at + MARGIN_S and a.engines == {prefill, decode}] == []
+    assert [a for a in load.answers if not cluster.is_whole(a)] == []
+    await cluster.healed()
 
 
 # --- a process that ends
