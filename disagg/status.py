@@ -70,7 +70,7 @@ def kv_table(kv: Mapping[str, Any]) -> str:
     holds = sorted(kv["holds"], key=lambda h: (-h["age_s"], h["request"], h["engine"]))
     if holds:
         parts.append(_columns(("REQUEST", "ENGINE", "LEG", "PHASE", "AGE", "TOKENS", "RID"), [_hold_row(h) for h in holds]))
-    parts.append(f"{len(holds)} holds. {kv['reaped']} requests that no hold explained were reaped since the router started.")
+    parts.append(f"Holds: {len(holds)}. Requests that no hold explained, reaped since the router started: {kv['reaped']}.")
     return "\n\n".join(parts)
 
 

@@ -16,7 +16,7 @@ switches.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from disagg.model import EngineId
 
@@ -159,18 +159,9 @@ class Ledger:
         entry = self._entries.get(fingerprint)
         return 0 if entry is None else entry.past
 
-    def may_go(self, fingerprint: int, engines: Collection[EngineId], now: float, *, patient: bool = True) -> bool:
-        """Whether it may be sent to these engines now.
-
-        Args:
-            fingerprint: of the request.
-            engines: where it would go, one or two.
-            now: when.
-            patient: it can wait for a place where suspects and newcomers do not meet. A caller that has waited for long asks without.
-        """
-        if self.is_suspect(fingerprint, now) and any(fingerprint in running for running in self._tried.values()):
-            return False  # one copy of it at a time
-        return not any(self._shuts(fingerprint, engine, now, patient=patient) for engine in engines)
+    def must_wait(self, fingerprint: int, now: float) -> bool:
+        """Whether another copy of this very request is being tried somewhere: what becomes of that says what this one is."""
+        return self.is_suspect(fingerprint, now) and any(fingerprint in running for running in self._tried.values())
 
     def shut(self, fingerprint: int, now: float, *, patient: bool = True) -> tuple[EngineId, ...]:
         """All engines that are closed to it: what is not to be chosen. Usually none, and then this costs nothing."""

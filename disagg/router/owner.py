@@ -326,7 +326,7 @@ class Owner:
         """
         trial = run.job.trial
         assert trial is not None
-        exclude = await self._until_possible(run) if run.avoid or trial.shut() else ()
+        exclude = await self._until_possible(run) if run.avoid or trial.must_wait or trial.shut() else ()
         if run.wants_budget:
             await self._take_from_budget(run)
             exclude = await self._until_possible(run)  # which it was, a moment ago
@@ -340,11 +340,13 @@ class Owner:
         until = clock() + (SUSPECT_WAIT_S if trial.is_suspect else self._queue_s)
         while True:
             view, now, shut = self._view(), clock(), trial.shut()
-            for exclude in run.excluded(view, now):
+            for exclude in run.excluded(view, now) if not trial.must_wait else ():
                 if self._admission.could_serve(run.job, [*exclude, *shut]):
                     return exclude
             error = run.last_error
-            if error is not None and (now >= until or (run.others_only and not shut) or not view.may_serve(run.job.request.model)):
+            if error is not None and (
+                now >= until or (run.others_only and not shut and not trial.must_wait) or not view.may_serve(run.job.request.model)
+            ):
                 raise error
             if error is None and now >= until:
                 return ()

@@ -56,11 +56,17 @@ class Trial:
         self._began_at = self._clock()
 
     def shut(self) -> Collection[EngineId]:
-        """Engines that are closed to it at the moment."""
+        """Engines that are closed to it at the moment. Raises CrashedError: all of them, for what a copy of it did meanwhile."""
         if self._ledger.is_calm:
             return ()
+        self.check()
         now = self._clock()
         return self._ledger.shut(self.fingerprint, now, patient=now - self._began_at < PATIENCE_S)
+
+    @property
+    def must_wait(self) -> bool:
+        """Another copy of it is being tried."""
+        return not self._ledger.is_calm and self._ledger.must_wait(self.fingerprint, self._clock())
 
     def sent(self, engines: Sequence[EngineId]) -> None:
         """It goes to these engines."""

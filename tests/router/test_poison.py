@@ -24,12 +24,17 @@ class Ward:
         self.rig = rig
         self.deaths = 0
         self.killing: list[asyncio.Future[None]] = []
+        self.spared = asyncio.Event()  # as long as it is not set, the marker makes work and kills nobody
+        self.spared.set()
+        self.tried = 0
         for engine in rig.engines:
             engine.behave = self.behave
 
     async def behave(self, call: Call) -> None:
         await asyncio.sleep(0.05)  # work
         if b"the marker that kills" in call.raw:
+            self.tried += 1
+            await self.spared.wait()
             await self.kill(call.engine)
         await answer_well(call)
 
@@ -67,6 +72,23 @@ async def test_poison_kills_two_engines_and_no_innocent_is_lost() -> None:
         assert ward.deaths == 2
         again = await status(rig, POISON)
         assert (again[0], ward.deaths) == (500, 2), "it is refused at the door"
+        await nothing_left(rig)
+
+
+async def test_a_copy_of_a_suspect_waits_for_what_becomes_of_it() -> None:
+    async with running_rig(*[Role.UNIFIED] * 5) as rig:
+        ward = Ward(rig)
+        first = asyncio.ensure_future(status(rig, POISON))  # noqa: TID251
+        await until(lambda: ward.deaths == 1)
+        ward.spared.clear()
+        await until(lambda: ward.tried == 2)
+        copies = [asyncio.ensure_future(status(rig, POISON)) for _ in range(3)]  # noqa: TID251
+        bystander = await status(rig, {**CHAT, "messages": [{"role": "user", "content": "an innocent, after the copies"}]})
+        assert bystander[0] == 200
+        ward.spared.set()
+        answers = await asyncio.gather(first, *copies)
+        assert [(code, answer["error"]["code"]) for code, answer in answers] == [(500, "request_crashed_engine")] * 4
+        assert (ward.deaths, ward.tried) == (2, 2)
         await nothing_left(rig)
 
 
