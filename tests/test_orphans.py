@@ -270,7 +270,7 @@ def test_the_table_says_who_holds_what() -> None:
     assert "7.2 s  they are being aborted" in text
     assert "abc      d       decode  decoding  2.0 s  -       x and 1 more" in text
     assert text.endswith("Holds: 1. Requests that no hold explained, reaped since the router started: 3.")
-    assert kv_table({"holds": [], "engines": [], "reaped": 0}).startswith("0 holds.")
+    assert kv_table({"holds": [], "engines": [], "reaped": 0}).startswith("Holds: 0.")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from tests.chaos.run import Plan, run
 
 pytestmark = pytest.mark.slow
 
-MINUTES = 3.0
+MINUTES = 5.0
 SEED = 20261121
 
 
