@@ -75,8 +75,10 @@ class Site:
         places = ["--http", f"127.0.0.1:{self.http}", "--admin", f"127.0.0.1:{self.admin_port}", "--control", f"127.0.0.1:{self.control}"]
         state = ["--state-dir", str(self.folder / "router")]
         self.router = Process("router", self.folder, ["serve", "--role", "router", *places, *state, "--log-format", "json", *arguments])
-        wait_for(lambda: self.answers("/healthz"), self.router.said)
-        return self.router
+        router = self.router
+        wait_for(lambda: self.answers("/healthz") or router.process.poll() is not None, router.said)
+        assert router.process.poll() is None, router.said()
+        return router
 
     def token(self, *roles: str) -> str:
         wanted = [word for role in roles for word in ("--role", role)]
