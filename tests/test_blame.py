@@ -95,6 +95,18 @@ def test_without_any_death_nothing_is_shut() -> None:
     assert may_go(ledger, 5, [A], 0.0)
 
 
+def test_it_is_calm_again_when_all_strikes_are_forgotten() -> None:
+    ledger = Ledger()
+    assert ledger.is_calm
+    ledger.died(A, {POISON: 0, GOOD: 0}, 0.0)
+    ledger.died(B, {POISON: 0}, 300.0)
+    assert ledger.blocked(OTHER, 599.0) == 0
+    assert not ledger.is_calm
+    assert ledger.blocked(POISON, 601.0) == 299.0
+    assert ledger.blocked(POISON, 901.0) == 0
+    assert ledger.is_calm
+
+
 def test_what_is_remembered_is_bounded() -> None:
     ledger = Ledger(kept=100)
     for fingerprint in range(1000):

@@ -145,10 +145,16 @@ class Ledger:
 
     def blocked(self, fingerprint: int, now: float) -> float:
         """For how many seconds more this request is refused; 0 when it is not."""
+        self._prune(now)
         entry = self._entries.get(fingerprint)
         if entry is None or entry.strikes < self._limit:
             return 0.0
         return max(0.0, entry.until - now)
+
+    def _prune(self, now: float) -> None:
+        """Those of long ago stand in front: all strikes are kept for the same time."""
+        while self._entries and next(iter(self._entries.values())).until <= now:
+            self._entries.popitem(last=False)
 
     def is_suspect(self, fingerprint: int, now: float) -> bool:
         """It was in flight when an engine died, and has proved nothing since."""
