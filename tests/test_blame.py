@@ -97,7 +97,6 @@ def test_without_any_death_nothing_is_shut() -> None:
 
 def test_it_is_calm_again_when_all_strikes_are_forgotten() -> None:
     ledger = Ledger()
-    assert ledger.is_calm
     ledger.died(A, {POISON: 0, GOOD: 0}, 0.0)
     ledger.died(B, {POISON: 0}, 300.0)
     assert ledger.blocked(OTHER, 599.0) == 0
