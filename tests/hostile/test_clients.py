@@ -118,17 +118,17 @@ async def test_requests_that_need_more_files_than_there_are_get_a_503_and_no_eng
 
         prefill.behave = decode.behave = forever
         url = f"http://127.0.0.1:{router.http}/v1/chat/completions"
-        statuses: list[int] = []
+        refusals: list[tuple[int, str]] = []
 
         async def ask() -> None:
             with contextlib.suppress(aiohttp.ClientError):
-                async with session.post(url, json=CHAT) as response:
-                    statuses.append(response.status)
+                async with session.post(url, json={**CHAT, "max_tokens": 1}) as response:  # small: the engines have room for all
+                    refusals.append((response.status, (await response.json())["error"]["message"]))
 
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(ask()) for _ in range(FILES // 2)]
-            await until(lambda: len(statuses) + len(decode.calls) >= FILES // 2, 20.0)
-            assert set(statuses) == {503}
+            await until(lambda: len(refusals) + len(decode.calls) >= FILES // 2, 20.0)
+            assert set(refusals) == {(503, "this router has as many connections as it can take; come again")}
             assert decode.calls
             states = await asyncio.to_thread(router.engines)
             assert set(states.values()) == {"ready"}
@@ -192,11 +192,14 @@ def test_a_router_does_not_start_without_the_strict_parser(tmp_path: Path, witho
     for flag, port in (("--http", free_port()), ("--admin", free_port()), ("--control", 0)):
         command += [flag, f"127.0.0.1:{port}"]
     environ = {**os.environ, "AIOHTTP_NO_EXTENSIONS": "1"} if without else dict(os.environ)
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)
-    if not without:
-        assert process.stdout is not None
-        assert any(line.startswith("Started") for line in process.stdout)
-        process.terminate()
-    _, said = process.communicate(timeout=30)
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ) as process:
+        try:
+            if not without:
+                assert process.stdout is not None
+                assert any(line.startswith("Started") for line in process.stdout)
+                process.terminate()
+            _, said = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert process.returncode == int(without)
     assert (said.count("\n"), "C parser" in said) == ((1, True) if without else (0, False)), said

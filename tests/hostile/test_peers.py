@@ -16,7 +16,8 @@ import pytest
 import zmq
 
 from disagg.cluster.agent import Agent
-from disagg.cluster.transport import ControlClient
+from disagg.cluster.transport import HANDSHAKE_MS, ControlClient, ControlServer
+from disagg.observe.log import make_logger
 from disagg.security.keys import KeyPair, make_key
 from disagg.wire.codec import FRAME_LIMIT, MAJOR, MINOR, FrameError, encode, to_host, to_router
 from disagg.wire.messages import Heartbeat, Hello, Refused, Register
@@ -206,3 +207,19 @@ async def test_a_registered_host_that_lies_about_everything_fills_no_log(scene: 
     assert any("registered as evil and not as good" in reason for reason in reasons)
     assert any("does not hold the host's seat" in reason for reason in reasons)
     quietly(scene.router.lines(since))
+
+
+@pytest.mark.parametrize("says", [b"", b"\xff\x00\x00\x00\x00\x00\x00\x00\x01\x7f"], ids=["nothing", "half a greeting"])
+async def test_a_peer_that_does_not_go_on_with_its_handshake_is_cut_off(says: bytes) -> None:
+    """After HANDSHAKE_MS; else it would hold a file for ever."""
+    server = ControlServer("127.0.0.1", 0, key=make_key(), allows=lambda _: True, log=make_logger("critical", "text"))
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        try:
+            writer.write(says)
+            with contextlib.suppress(ConnectionResetError):
+                await asyncio.wait_for(reader.read(), 10 * HANDSHAKE_MS / 1000)  # the router's own greeting, and the end
+        finally:
+            writer.close()
+    finally:
+        server.close()

@@ -82,12 +82,12 @@ async def test_a_large_cache_comes_in_parts(scene: Scene) -> None:
         await until(holds(scene, "good-p", count), 20)
 
 
-@pytest.mark.slow
 def complained(scene: Scene, why: str) -> int:
     """How often the router has said that it refused something for this reason."""
     return sum(int(line.fields.get(why, 0)) for line in scene.complaints(0.0))
 
 
+@pytest.mark.slow
 async def test_a_host_speaks_for_its_own_engines_only_and_only_from_its_seat(scene: Scene) -> None:
     keeper = StubKeeper("good-p", Role.PREFILL)
     keeper.cache = started(stored(1, [1]))

@@ -260,20 +260,29 @@ async def test_prefills_death_after_the_first_token_is_of_no_interest(rig: Rig) 
     async def die_later(call: Call) -> None:
         await started.wait()
         call.cut()
-        gate.set()
 
     async def slow(call: Call) -> None:
         await call.event(chat_chunk("alpha"))
         await gate.wait()
         await call.event(chat_chunk(" beta"))
+        await call.event(chat_chunk("", finish="stop"))
         await call.done()
 
     rig.prefill.behave, rig.decode.behave = die_later, slow
     async with await rig.post(STREAM) as response:
-        await response.content.readany()
+        first = await response.content.readuntil(b"\n\n")
         started.set()
-        rest = await asyncio.wait_for(response.read(), 2)
-    assert rest.endswith(b"data: [DONE]\n\n")
+        await until(lambda: "PrefillFailed" in happened(rig, response.headers["x-request-id"]))
+        gate.set()
+        events = events_of((first + await response.read()).decode())
+    assert [e["choices"][0]["delta"]["content"] for e in events[:-1]] == ["alpha", " beta", ""]
+    assert [len(e.calls) for e in rig.engines] == [1, 1], "nobody is asked again"
+
+
+def happened(rig: Rig, request_id: str) -> list[str]:
+    """What the router has seen of a request so far."""
+    story = rig.router._relay.waterfall(request_id)
+    return [event["event"] for attempt in story["attempts"] for event in attempt["events"]] if story else []
 
 
 async def cut_in_the_middle(call: Call) -> None:

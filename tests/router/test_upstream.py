@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disagg.errors import EngineError
+from disagg.errors import EngineError, NoCapacityError
 from disagg.handoff import Handoff, Limits, State
 from disagg.model import Choice, EngineAddress, EngineId, EngineState, EngineView, Role
+from disagg.router import upstream as upstream_module
 from disagg.router.admission import Admission, Promise
 from disagg.router.attempt import Attempt, DecodeLeg, refusal
 from disagg.router.client import Client
@@ -639,3 +640,31 @@ def test_an_engine_that_refuses_the_routers_key_is_a_502(status: int) -> None:
     error = refusal(None, status, b"")
     assert error is not None
     assert error.status == 502
+
+
+# --- files
+
+
+async def test_a_connection_that_takes_a_file_kept_for_others_is_closed_and_no_engine_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = asyncio.Event()
+
+    async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert await reader.read() == b""
+        writer.close()
+        ended.set()
+
+    async with await asyncio.start_server(hear, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        loop = asyncio.get_running_loop()
+        upstream = Upstream(EngineAddress(EngineId("decode-0"), Role.DECODE, "127.0.0.1", port), loop, loop.time)
+        try:
+            (await upstream.connect(5.0)).abandon()
+            await asyncio.wait_for(ended.wait(), 5.0)
+            ended.clear()
+            monkeypatch.setattr(upstream_module, "ENGINE_SHARE", 0.0)
+            with pytest.raises(NoCapacityError, match="as many connections as it can take"):
+                await upstream.connect(5.0)
+            await asyncio.wait_for(ended.wait(), 5.0)
+            assert "open=0 idle=0" in repr(upstream)
+        finally:
+            upstream.close()

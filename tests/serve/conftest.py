@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -140,7 +141,8 @@ class Site:
 
     def close(self) -> None:
         if self.router is not None and self.router.process.poll() is None:
-            self.cluster()  # remember the pids of engines that are left over on purpose
+            with contextlib.suppress(httpx2.TransportError):
+                self.cluster()  # remember the pids of engines that are left over on purpose
         for process in [*self.hosts.values(), *([self.router] if self.router else [])]:
             if process.process.poll() is None:
                 process.process.send_signal(signal.SIGCONT)

@@ -73,11 +73,15 @@ def stall(seconds: float) -> Script:
 
 
 def step(seconds: float) -> Script:
-    """Somebody sets the wall clock."""
+    """Somebody sets the wall clock, in the middle of an answer; then another one is asked for."""
 
     async def tell(world: World) -> None:
-        world.wall_step_s += seconds
-        await world.ask(Ask(0, "/generate", (1, 2, 3), 8, stream=True))
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(world.ask(Ask(0, "/generate", (1, 2, 3), 100, stream=True)), name="the running one")
+            await asyncio.sleep(0.2)
+            assert not running.done(), "the clock is to be set while it runs"
+            world.wall_step_s += seconds
+        await world.ask(Ask(1, "/generate", (1, 2, 3), 8, stream=True))
         await asyncio.sleep(5.0)
 
     return tell

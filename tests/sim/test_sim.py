@@ -126,8 +126,9 @@ def test_a_router_that_does_not_know_that_it_stood_still_thinks_ill_of_hosts(mon
 
 @pytest.mark.parametrize("seconds", [3600.0, -3600.0])
 def test_a_step_of_the_wall_clock_changes_nothing(seconds: float) -> None:
-    result = simulate(Plan(1), script=scenarios.step(seconds))
-    assert (result.found, worse(result), result.outcomes) == ([], [], {"ok": 1})
+    result, still = (simulate(Plan(1), script=scenarios.step(by)) for by in (seconds, 0.0))
+    assert (result.found, worse(result), result.outcomes) == ([], [], {"ok": 2})
+    assert result.trace == still.trace, "nothing at all, down to the last byte on a wire"
 
 
 @pytest.mark.parametrize(("inwards", "outwards"), [(True, True), (True, False), (False, True)])
