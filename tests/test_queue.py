@@ -10,7 +10,7 @@ from math import inf
 
 import pytest
 
-from disagg.policy.queue import PASS_S, Entry, Place, Queue, Reason, Shed
+from disagg.policy.queue import PASS_S, PROMISED_TIMES, Entry, Place, Queue, Reason, Shed
 
 
 class Room:
@@ -328,7 +328,8 @@ def test_what_was_promised_is_never_sent_away_for_others() -> None:
     assert again.place is Place.WAITING
     assert all(shed.entry is not again for shed in room.offer("vip", 100, priority=7)[1])
     late = [shed.entry for shed in room.queue.expire(now=room.now + 5.0)]
-    assert late[-1] is again
+    assert again not in late
+    assert [shed.entry for shed in room.queue.expire(now=room.now + 5.0 * PROMISED_TIMES)] == [again]
 
 
 # --- what is said to those who go
@@ -542,7 +543,7 @@ def test_a_random_walk_keeps_its_books(seed: int) -> None:
         while chance.random() < 0.8 and (found := queue.next(fits, now=now)) is not None:
             free -= found[0].tokens
         assert free >= 0
-        assert queue.size <= 1500 + 400 * 5
+        assert queue.size - sum(e.size for e in live if e.promised and e.place is Place.WAITING) <= 1500
         queue.check()
     assert ended.keys() >= {"left", *Reason}, "the walk did not come everywhere"
     for entry in live:

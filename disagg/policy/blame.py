@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from math import inf
 
 from disagg.model import EngineId
 
@@ -25,7 +26,7 @@ BLOCKED_S = 600.0
 STRIKE_KEPT_S = 600.0
 SAME_DEATH_S = 5.0
 KEPT = 10_000
-MARGIN = 8
+MARGIN = 3
 """Tokens that an engine may have made without the router having seen them when it died."""
 HISTORY_LIMIT = 64
 
@@ -100,7 +101,9 @@ class Ledger:
         if entry is not None and entry.strikes < self._limit:
             del self._entries[fingerprint]
 
-    def died(self, engine: EngineId, in_flight: Mapping[int, int], now: float, *, process: object = None) -> list[int]:
+    def died(
+        self, engine: EngineId, in_flight: Mapping[int, int], now: float, *, process: object = None, sent_at: float = inf
+    ) -> list[int]:
         """A process died.
 
         Args:
@@ -110,13 +113,15 @@ class Ledger:
             now: when.
             process: what tells it from the one that was there before; told again within `SAME_DEATH_S`, for another copy of a request, it
                 is the same death. None: it is another one each time.
+            sent_at: when they were sent there. Who was sent before the last strike was known is not struck again: that two engines died
+                under copies of a request, or both engines of one attempt, says no more than that one did.
 
         Returns:
             The fingerprints that are blocked by that.
         """
         suspects = sum(self.is_suspect(fingerprint, now) for fingerprint in in_flight)
         death = None if process is None else (engine, process)
-        blocked = [fingerprint for fingerprint, tokens in in_flight.items() if self._strike(fingerprint, tokens, now, death)]
+        blocked = [fingerprint for fingerprint, tokens in in_flight.items() if self._strike(fingerprint, tokens, now, death, sent_at)]
         for place, running in self._unproved.items():
             if copies := in_flight.keys() & running.keys():
                 self._tried.setdefault(place, set()).update(copies)
@@ -125,11 +130,12 @@ class Ledger:
         del self.history[:-HISTORY_LIMIT]
         return blocked
 
-    def _strike(self, fingerprint: int, tokens: int, now: float, death: object) -> bool:
+    def _strike(self, fingerprint: int, tokens: int, now: float, death: object, sent_at: float) -> bool:
         entry = self._entries.get(fingerprint)
         if entry is None or entry.until <= now:
             entry = self._entries[fingerprint] = _Entry()
-        if death is not None and entry.death == death and now - entry.struck_at < SAME_DEATH_S:
+        is_known = death is not None and entry.death == death and now - entry.struck_at < SAME_DEATH_S
+        if entry.strikes and (is_known or sent_at < entry.struck_at):
             return entry.strikes >= self._limit
         entry.death, entry.struck_at = death, now
         entry.strikes += 1

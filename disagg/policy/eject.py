@@ -46,6 +46,9 @@ SLOW_SAMPLES = 5
 WEIGHT_MAX = 10.0
 WEIGHT_NOISE = 1.5
 """Engines this much slower than the median are as good as the others."""
+UNIT_NOISE_S = 0.003
+WHOLE_NOISE_S = 0.02
+"""Engines that are not slower by more than this are as good as the others, whatever the ratio: it may be this machine that was busy."""
 WEIGHT_STEP = 1.25
 STALE_S = 10.0
 HISTORY_LIMIT = 256
@@ -288,7 +291,7 @@ class Ejector:
             for engine in (*pool.prefill, *pool.decode, *pool.unified):
                 if engine.id not in self._engines:
                     self._engines[engine.id] = _Engine(_process(engine))
-        return [Changed(f"{name} has started anew: nothing is held against it") for name in gone] + self._uphold(now)
+        return [Changed(f"{name} is gone, or not what it was: nothing is held against it any more") for name in gone] + self._uphold(now)
 
     def _went_well(self, event: HandedOver | Served) -> list[Command]:
         if isinstance(event, Served):
@@ -493,8 +496,11 @@ def _slower(measures: Mapping[EngineId, Measure]) -> dict[EngineId, float]:
     wholes = [m.whole_s for m in measures.values() if m.whole_s is not None]
     whole_s = median_low(wholes) if len(wholes) == len(measures) else 0.0
     if not whole_s:
-        return {name: m.unit_s / unit_s for name, m in measures.items()}
-    return {name: min(m.unit_s / unit_s, (m.whole_s or 0.0) / whole_s) for name, m in measures.items()}
+        return {name: m.unit_s / unit_s if m.unit_s - unit_s > UNIT_NOISE_S else 1.0 for name, m in measures.items()}
+    return {
+        name: min(m.unit_s / unit_s, m.whole_s / whole_s) if m.whole_s and m.whole_s - whole_s > WHOLE_NOISE_S else 1.0
+        for name, m in measures.items()
+    }
 
 
 def _sentence(out_for_s: float, why: str) -> str:

@@ -40,6 +40,8 @@ INTERVAL_S = 2.0
 BYTES_LIMIT = 64 << 20
 SURE = 0.8
 """Who would wait longer than this share of the longest wait is sent away at once: estimates err, and nobody should wait in vain."""
+PROMISED_TIMES = 6.0
+"""Who was let in before may wait so many times as long: a part of an answer that nobody ends is worth nothing."""
 PASS_S = 1.0
 """For how long smaller ones may pass a head that does not fit."""
 RETRY_LIMIT_S = 60
@@ -605,10 +607,13 @@ class Queue:
         shed: list[Shed] = []
         while (at := self.next_deadline()) is not None and at <= now:
             entry = self._deadlines[0][2]
-            reason = Reason.DEADLINE if entry.deadline_at <= entry.arrived_at + self.timeout_s else Reason.TIMEOUT
+            reason = Reason.DEADLINE if entry.deadline_at <= entry.arrived_at + self._longest_wait_s(entry) else Reason.TIMEOUT
             over_s = (self._estimate(entry.user, entry.priority, entry.tokens) or 0.0) - self.timeout_s
             shed.append(self._drop(entry, reason, over_s, now, jitter))
         return shed
+
+    def _longest_wait_s(self, entry: Entry) -> float:
+        return self.timeout_s * (PROMISED_TIMES if entry.promised else 1.0)
 
     def next_deadline(self) -> float | None:
         """When somebody's time is up, monotonic seconds; None if nobody waits."""
@@ -680,7 +685,7 @@ class Queue:
         self.waiting += 1
         self._total += entry.tokens
         self._held[entry.user] = self._held.get(entry.user, 0) + entry.tokens
-        heappush(self._deadlines, (min(entry.arrived_at + self.timeout_s, entry.deadline_at), entry.number, entry))
+        heappush(self._deadlines, (min(entry.arrived_at + self._longest_wait_s(entry), entry.deadline_at), entry.number, entry))
         if len(self._deadlines) > 2 * self.waiting + 16:
             self._deadlines = [d for d in self._deadlines if d[2].place is Place.WAITING]
             heapify(self._deadlines)

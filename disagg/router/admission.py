@@ -23,6 +23,10 @@ from disagg.policy.pace import Pace
 from disagg.policy.queue import Entry, Place, Queue, Reason, Shed
 from disagg.policy.route import InFlight, choose, pool_of
 
+Exclude = Callable[[], Collection[EngineId]]
+
+LET_IN_FIRST = 1000
+"""Who was let in before and lost its engine goes before all others: its client has waited, and perhaps heard a part of the answer."""
 STANDING_SHARE = 0.5
 """Of the longest wait: a queue in which everybody waits longer than this is too much. Some more clients than places are not: they wait."""
 LEARN_ALL = 64
@@ -126,7 +130,7 @@ class _Waiter:
 
     __slots__ = ("exclude", "place", "wanting")
 
-    def __init__(self, wanting: Wanting, exclude: Collection[EngineId], place: asyncio.Future[Promise]) -> None:
+    def __init__(self, wanting: Wanting, exclude: Exclude | None, place: asyncio.Future[Promise]) -> None:
         self.wanting = wanting
         self.exclude = exclude
         self.place = place
@@ -177,12 +181,12 @@ class Admission:
 
     # --- in
 
-    async def enter(self, wanting: Wanting, exclude: Collection[EngineId] = (), *, again: bool = False) -> Promise:
+    async def enter(self, wanting: Wanting, exclude: Exclude | None = None, *, again: bool = False) -> Promise:
         """Returns as soon as engines have room for this request.
 
         Args:
             wanting: the request.
-            exclude: engines that it must not go to.
+            exclude: tells the engines that it must not go to, each time that it is looked for places; None where it is none ever.
             again: it was let in before and lost its engine.
 
         Raises:
@@ -217,9 +221,9 @@ class Admission:
         choice = self._choose(wanting, exclude)
         return choice.prefill or choice.decode
 
-    async def _wait(self, queue: Queue, wanting: Wanting, exclude: Collection[EngineId], *, again: bool) -> Promise:
+    async def _wait(self, queue: Queue, wanting: Wanting, exclude: Exclude | None, *, again: bool) -> Promise:
         waiter = _Waiter(wanting, exclude, self._loop.create_future())
-        entry = self._entry(wanting, waiter, self._price(wanting, wanting.model)[1], again=again)
+        entry = self._entry(wanting, waiter, self._price(wanting, wanting.model, self._longest_context(wanting))[1], again=again)
         self._send_away(queue.offer(entry, now=self._clock(), jitter=self._chance()))
         self._waiting += 1
         try:
@@ -239,7 +243,7 @@ class Admission:
         return Entry(
             waiter,
             user=wanting.user,
-            priority=wanting.priority,
+            priority=wanting.priority + (LET_IN_FIRST if again else 0),
             tokens=tokens,
             size=wanting.body_bytes,
             arrived_at=self._clock() if again else wanting.arrived_at,
@@ -286,8 +290,9 @@ class Admission:
 
     # --- engines
 
-    def _try(self, wanting: Wanting, exclude: Collection[EngineId]) -> Promise | None:
+    def _try(self, wanting: Wanting, closed: Exclude | None) -> Promise | None:
         """A promise, if engines have room. Raises UnknownModelError."""
+        exclude: Collection[EngineId] = () if closed is None else closed()
         shut = wanting.shut()
         if shut:
             exclude = [*exclude, *shut]
@@ -329,16 +334,31 @@ class Admission:
         more = wanting.answers - 1
         return prompt, first + more * min(RESERVED_TOKENS, wanting.max_tokens or RESERVED_TOKENS) if more else first
 
+    def _longest_context(self, wanting: Wanting) -> int:
+        """Of the engines that may answer it; 0 if unknown. A body that is longer than any of them takes costs no more than they have."""
+        try:
+            pool = pool_of(self._view(), wanting.model)
+        except DisaggError:
+            return 0
+        return max((e.facts.context_tokens for e in (*pool.decode, *pool.unified)), default=0)
+
     def _queue(self, wanting: Wanting) -> Queue:
         """Its own for what only a unified engine may take: pairs that are free must not wait behind it."""
         unified_only = wanting.unified_only
-        queue = self._queues.get((wanting.model, unified_only))
+        queue = self._queues.get((wanting.model, unified_only)) if wanting.model else None
         if queue is None:
-            name = (wanting.model if wanting.model in self._view().pools else "", unified_only)  # what clients ask for makes no queues
+            name = (self._served_name(wanting.model), unified_only)  # what clients ask for makes no queues
             queue = self._queues.get(name)
             if queue is None:
                 queue = self._queues[name] = Queue(timeout_s=self._timeout_s, target_s=self._timeout_s * STANDING_SHARE)
         return queue
+
+    def _served_name(self, model: str) -> str:
+        """Who names no model stands in one queue with those who name the only one."""
+        known = self._view().pools.keys() | {name for name, _ in self._queues if name}
+        if model:
+            return model if model in known else ""
+        return next(iter(known)) if len(known) == 1 else ""
 
     def _grow(self, slots: int) -> None:
         self.in_flight.grow(slots)

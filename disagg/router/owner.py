@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import msgspec
 import structlog
 
-from disagg.errors import DeadlineError, DisaggError, EngineError, EngineRefusedError, EngineTimeoutError, NoCapacityError
+from disagg.errors import CrashedError, DeadlineError, DisaggError, EngineError, EngineRefusedError, EngineTimeoutError, NoCapacityError
 from disagg.model import Choice, ClusterView, EngineAddress, EngineId, EngineView
 from disagg.observe.metrics import RouterMetrics
 from disagg.policy.blame import Ledger
@@ -289,6 +289,8 @@ class Owner:
         resumes, error = self._metrics.resumes, attempt.error
         try:
             rest, missing = await stream.go_on(lambda path, body: self._ask(run, path, body))
+        except CrashedError:
+            raise
         except EngineError as reason:
             resumes["impossible"] += 1
             raise EngineError(f"{error}; its stream cannot go on elsewhere: {reason}") from error
@@ -306,7 +308,7 @@ class Owner:
         content = msgspec.json.encode(body)
         for last in (False, True):
             await self._until_possible(run)
-            engine = self._admission.somebody(run.job, run.excluded(self._view(), self._relay.clock())[-1])
+            engine = self._admission.somebody(run.job, self._exclude(run))
             try:
                 answer = await self._relay.post(engine, path, content, ASK_LIMIT_S)
                 return msgspec.json.decode(answer, type=dict[str, Any])
@@ -326,14 +328,21 @@ class Owner:
         """
         trial = run.job.trial
         assert trial is not None
-        exclude = await self._until_possible(run) if run.avoid or trial.must_wait or trial.shut() else ()
+        if run.avoid or trial.must_wait or trial.shut():
+            await self._until_possible(run)
         if run.wants_budget:
             await self._take_from_budget(run)
-            exclude = await self._until_possible(run)  # which it was, a moment ago
+            await self._until_possible(run)  # which it was, a moment ago
+        exclude = (lambda: self._exclude(run)) if run.avoid else None
         return await self._admission.enter(run.job, exclude, again=run.last_error is not None)
 
-    async def _until_possible(self, run: _Run) -> Collection[EngineId]:
-        """Waits until there is an engine that did not fail this request, or not just now. Returns those that are not to be asked."""
+    def _exclude(self, run: _Run) -> Collection[EngineId]:
+        """The engines that are not to be asked, as things are now."""
+        options = run.excluded(self._view(), self._relay.clock())
+        return next((exclude for exclude in options if self._admission.could_serve(run.job, exclude)), options[0])
+
+    async def _until_possible(self, run: _Run) -> None:
+        """Waits until there is an engine that did not fail this request, or not just now."""
         clock = self._relay.clock
         trial = run.job.trial
         assert trial is not None
@@ -342,14 +351,14 @@ class Owner:
             view, now, shut = self._view(), clock(), trial.shut()
             for exclude in run.excluded(view, now) if not trial.must_wait else ():
                 if self._admission.could_serve(run.job, [*exclude, *shut]):
-                    return exclude
+                    return
             error = run.last_error
             if error is not None and (
                 now >= until or (run.others_only and not shut and not trial.must_wait) or not view.may_serve(run.job.request.model)
             ):
                 raise error
             if error is None and now >= until:
-                return ()
+                return
             if run.job.deadline_at is not None and now >= run.job.deadline_at:
                 raise DeadlineError("the request's own deadline passed while it waited for engines")
             await self._change(min(run.until(until, now), run.job.deadline_at or until) - now)
@@ -368,6 +377,7 @@ class _Run:
 
     Attributes:
         avoid: the engines that failed it, as they were then, and when; one that was started anew since is another one.
+        pairs: whose handoffs failed: either may be well, with another partner.
         others_only: the engine's last word was an error of its own, or silence: the same engine would say it again.
     """
 
@@ -382,6 +392,7 @@ class _Run:
         self.job = job
         self.stream = stream
         self.avoid: dict[EngineId, tuple[EngineAddress, float]] = {}
+        self.pairs: list[tuple[EngineView, EngineView]] = []
 
     def may_move(self) -> bool:
         """True when the rest of the answer can be made on other engines."""
@@ -393,13 +404,21 @@ class _Run:
         self.others_only = isinstance(attempt.error, EngineRefusedError | EngineTimeoutError)
         for engine in attempt.blamed_engines():
             self.avoid[engine.id] = (engine.address, now)
+        if attempt.choice.prefill is not None and not attempt.first_token_at:
+            self.pairs.append((attempt.choice.prefill, attempt.choice.decode))
 
     def excluded(self, view: ClusterView, now: float) -> list[list[EngineId]]:
-        """The engines that are not to be asked: all that failed it if there are others, else those that failed it just now."""
+        """The engines that are not to be asked; the first of these lists that leaves somebody.
+
+        All that failed it; one side of the pairs that failed, so that the other gets another partner; those that failed it just now.
+        """
         if not self.avoid:
             return [[]]
-        same = [e.id for e in view.engines if (known := self.avoid.get(e.id)) is not None and known[0] == e.address]
-        return [same] if self.others_only else [same, [e for e in same if now - self.avoid[e][1] < SAME_AGAIN_S]]
+        now_there = {e.id: e.address for e in view.engines}
+        same = [e for e, (address, _) in self.avoid.items() if now_there.get(e) == address]
+        sides = ([p[side] for p in self.pairs] for side in (1, 0)) if self.pairs else ()
+        options = [same, *([e.id for e in side if now_there.get(e.id) == e.address] for side in sides)]
+        return options if self.others_only else [*options, [e for e in same if now - self.avoid[e][1] < SAME_AGAIN_S]]
 
     def until(self, until: float, now: float) -> float:
         """When it is worth to look again although nothing was heard."""

@@ -22,7 +22,7 @@ class Trial:
         on_room: called when engines are open again that were closed to others.
     """
 
-    __slots__ = ("_began_at", "_clock", "_engines", "_ledger", "_on_room", "fingerprint")
+    __slots__ = ("_began_at", "_clock", "_engines", "_ledger", "_on_room", "_sent_at", "fingerprint")
 
     def __init__(self, ledger: Ledger, fingerprint: int, clock: Callable[[], float], on_room: Callable[[], None]) -> None:
         self.fingerprint = fingerprint
@@ -30,6 +30,7 @@ class Trial:
         self._clock = clock
         self._on_room = on_room
         self._began_at = 0.0
+        self._sent_at = 0.0
         self._engines: Sequence[EngineId] = ()
 
     @property
@@ -71,6 +72,7 @@ class Trial:
     def sent(self, engines: Sequence[EngineId]) -> None:
         """It goes to these engines."""
         self._engines = engines
+        self._sent_at = self._clock()
         self._ledger.sent(self.fingerprint, engines)
 
     def prove(self) -> None:
@@ -96,4 +98,4 @@ class Trial:
             engine: as it was chosen.
             tokens: that it had been seen to give.
         """
-        self._ledger.died(engine.id, {self.fingerprint: tokens}, self._clock(), process=engine.address)
+        self._ledger.died(engine.id, {self.fingerprint: tokens}, self._clock(), process=engine.address, sent_at=self._sent_at)
