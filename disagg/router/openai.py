@@ -104,7 +104,7 @@ class _GenerateFields(_OwnKeys):
 
 class _SamplingFields(msgspec.Struct):
     n: _Count | None = None
-    max_new_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    max_new_tokens: Annotated[int, msgspec.Meta(ge=1)] | msgspec.UnsetType | None = msgspec.UNSET
     sampling_seed: int | None = None
 
 
@@ -318,7 +318,9 @@ def _note_generate(request: ClientRequest, fields: _GenerateFields) -> None:
     request.prompts = _list_length(given[0])
     sampling = _sampling_fields(fields.sampling_params)
     counts = {one.n or 1 for one in sampling} or {1}
-    request.max_tokens = max((one.max_new_tokens or 0 for one in sampling), default=0) or DEFAULT_TOKENS[Route.GENERATE]
+    limits = [DEFAULT_TOKENS[Route.GENERATE] if one.max_new_tokens is msgspec.UNSET else one.max_new_tokens for one in sampling]
+    known = [limit for limit in limits if limit is not None]
+    request.max_tokens = max(known, default=DEFAULT_TOKENS[Route.GENERATE]) if len(known) == len(limits) else None  # null: what fits
     if len(counts) > 1:
         raise RequestError("`n` must be the same in all of `sampling_params`", param="sampling_params")
     request.samples = counts.pop()

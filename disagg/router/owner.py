@@ -402,10 +402,12 @@ class _Run:
         """An attempt failed: its engines are left alone for a while."""
         self.last_error = attempt.error
         self.others_only = isinstance(attempt.error, EngineRefusedError | EngineTimeoutError)
-        for engine in attempt.blamed_engines():
+        blamed = attempt.blamed_engines()
+        for engine in blamed:
             self.avoid[engine.id] = (engine.address, now)
-        if attempt.choice.prefill is not None and not attempt.first_token_at:
-            self.pairs.append((attempt.choice.prefill, attempt.choice.decode))
+        prefill = attempt.choice.prefill
+        if prefill is not None and (not attempt.first_token_at or prefill in blamed):
+            self.pairs.append((prefill, attempt.choice.decode))
 
     def excluded(self, view: ClusterView, now: float) -> list[list[EngineId]]:
         """The engines that are not to be asked; the first of these lists that leaves somebody.

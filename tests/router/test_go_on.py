@@ -428,6 +428,26 @@ async def test_a_whole_answer_is_asked_for_anew_on_another_engine(how: Behaviour
         await nothing_left(rig)
 
 
+async def test_a_lone_prefill_engine_whose_partner_died_gets_another_partner() -> None:
+    """It says first that the transfer failed, before anything is known of the other."""
+    async with running_rig(Role.PREFILL, Role.DECODE, Role.DECODE, probe_interval_s=60) as rig:
+        failed: list[str] = []
+
+        async def fail_once(call: Call) -> None:
+            if failed:
+                await answer_well(call)
+            else:
+                failed.append(call.json["rid"])
+                await call.json_answer({"error": {"message": "KV transfer failed: the connection to decode was lost"}}, 500)
+
+        rig.engines[0].behave = fail_once
+        async with asyncio.timeout(SOON_S), await rig.post({"model": "fake", "messages": [{"role": "user", "content": "a"}]}) as response:
+            assert response.status == 200
+            assert response.headers["x-disagg-attempts"] == "2"
+        assert [len(e.calls) for e in rig.engines] == [2, 1, 1], "not the same pair again"
+        await nothing_left(rig)
+
+
 @pytest.mark.parametrize("status", [400, 404, 413, 422])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_what_the_client_did_wrong_is_not_asked_again(status: int, stream: bool) -> None:

@@ -30,6 +30,8 @@ MAX_SAMPLES = 1024
 MAX_TOP_LOGPROBS = 64
 REST_OF_CONTEXT = 1 << 30
 """``max_new_tokens`` of a request that names none where SGLang's default is as much as fits."""
+_AS_FITS = {"max_new_tokens": REST_OF_CONTEXT}
+"""What an explicit null means on the native route, where naming nothing means 128."""
 
 _NO_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[^][{}"]+', re.DOTALL)
 
@@ -235,7 +237,7 @@ def read_generate(body: GenerateBody, tokenizer: Tokenizer, bounds: Bounds) -> B
     prompts, single = _generate_prompts(body, tokenizer)
     count = len(prompts)
     raw = _spread(body.sampling_params, count, "sampling_params") or [{}] * count
-    params = [SamplingParams.parse(one) for one in raw]
+    params = [SamplingParams.parse(one if one.get("max_new_tokens", 0) is not None else {**one, **_AS_FITS}) for one in raw]
     if len({one.n for one in params}) > 1:
         raise RequestError("sampling_params.n must be the same for all prompts of a request", param="sampling_params")
     wants = _spread(body.return_logprob, count, "return_logprob")

@@ -1,0 +1,136 @@
+"""The way in: who waits for what, on a real loop with engines that are views alone."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from disagg.handoff import Limits
+from disagg.model import ClusterView, EngineAddress, EngineFacts, EngineId, EngineLoad, EngineState, EngineView, Role
+from disagg.policy.pace import Pace
+from disagg.router.admission import Admission, Exclude, Promise
+from disagg.router.openai import Route, parse_request
+from disagg.router.relay import Job, Record
+
+CONTEXT = 2048
+PLACES = 2
+
+
+class Door:
+    """An admission before one unified engine with two places, and the requests that were let in."""
+
+    def __init__(self) -> None:
+        address = EngineAddress(EngineId("u"), Role.UNIFIED, "127.0.0.1", 1, pid=1)
+        facts = EngineFacts(model="demo", max_running=PLACES, context_tokens=CONTEXT)
+        engine = EngineView(address, 0, EngineState.READY, facts, EngineLoad(kv_total_tokens=100_000))
+        self.view = ClusterView.of([engine])
+        self.order: list[str] = []
+        self.now = 100.0
+        self.admission = Admission(
+            pace=Pace(Limits(), 600.0),
+            on_waited=lambda _: None,
+            view=lambda: self.view,
+            timeout_s=10.0,
+            chance=lambda: 0.5,
+            loop=asyncio.get_running_loop(),
+            clock=lambda: self.now,
+        )
+        self.admission.changed()
+
+    async def enter(
+        self, name: str, text: str = "x", *, model: str = "", priority: int = 0, exclude: Exclude | None = None, again: bool = False
+    ) -> Promise:
+        named = f'"model":"{model}",' if model else ""
+        body = f'{{{named}"messages":[{{"role":"user","content":"{text}"}}],"max_tokens":5}}'.encode()
+        request = parse_request(Route.CHAT, body)
+        job = Job(request, request.rest, 0, None, Record(name, "/", self.now), user=name.split(maxsplit=1)[0], priority=priority)
+        promise = await self.admission.enter(job, exclude, again=again)
+        self.order.append(name)
+        return promise
+
+    async def full(self) -> list[Promise]:
+        """All places are taken, and it is known how fast they become free."""
+        promises = [await self.enter(f"first {place}") for place in range(PLACES)]
+        for number in range(20):
+            waiting = self.spawn(f"behind {number}")
+            await settled()
+            self.now += 0.02
+            answered(promises.pop(0))
+            promises.append(await waiting)
+        self.order.clear()
+        return promises
+
+    def spawn(self, name: str, text: str = "x", **more: Any) -> asyncio.Task[Promise]:
+        return asyncio.get_running_loop().create_task(self.enter(name, text, **more), name=name)
+
+
+def answered(promise: Promise) -> None:
+    """Its answer is whole."""
+    for engine in (promise.choice.prefill, promise.choice.decode):
+        if engine is not None:
+            promise.end(engine.slot)
+
+
+async def settled() -> None:
+    """Whoever can go on has gone on."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def gone(*tasks: asyncio.Task[Promise]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_a_body_that_no_engine_takes_sends_nobody_away() -> None:
+    door = Door()
+    await door.full()
+    small = [door.spawn(f"small {number}") for number in range(5)]
+    await settled()
+    big = door.spawn("big", "x" * 3_000_000)
+    await settled()
+    assert not any(task.done() for task in small)
+    await gone(*small, big)
+
+
+async def test_who_names_the_model_stands_in_one_queue_with_who_does_not() -> None:
+    door = Door()
+    promises = await door.full()
+    low, high, middle = (
+        door.spawn(name, model=model, priority=priority)
+        for name, model, priority in (("low", "", -100), ("high", "demo", 50), ("middle", "", 0))
+    )
+    await settled()
+    for promise in promises:
+        promise.end_all()
+    await settled()
+    assert door.order == ["high", "middle"]
+    await gone(low, high, middle)
+
+
+async def test_who_lost_its_engine_goes_before_those_who_came_earlier() -> None:
+    door = Door()
+    promises = await door.full()
+    important = door.spawn("important", priority=100)
+    await settled()
+    again = door.spawn("again", again=True)
+    await settled()
+    promises.pop().end_all()
+    await settled()
+    assert door.order == ["again"]
+    await gone(important, again)
+
+
+async def test_who_is_not_to_be_asked_is_looked_up_each_time() -> None:
+    """An engine that failed a request and was started anew since is another one."""
+    door = Door()
+    closed = [EngineId("u")]
+    waiting = door.spawn("again", exclude=lambda: tuple(closed), again=True)
+    await settled()
+    assert not waiting.done()
+    closed.clear()
+    door.admission.changed()
+    await settled()
+    assert door.order == ["again"]
+    await gone(waiting)
