@@ -189,6 +189,8 @@ async def _body(request: web.Request) -> _OrderBody:
 
 @web.middleware
 async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+    if request.method != "GET" and "Origin" in request.headers:
+        return _error(403, "orders are not taken from web pages: a page that somebody opened on this machine could send them, too")
     try:
         return await handler(request)
     except DisaggError as error:

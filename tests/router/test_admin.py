@@ -128,3 +128,12 @@ async def test_what_failed_is_remembered_until_its_engine_is_known_to_be_free_of
     rids = {rid for call in rig.decode.calls for rid in call.rids}
     await until(lambda: rids <= set(rig.decode.aborted), 10.0)
     assert "" not in rig.decode.aborted, "all of it is aborted only where nobody else may be"
+
+
+async def test_a_web_page_gives_no_orders(rig: Rig) -> None:
+    page = {"Origin": "http://somewhere.example", "Content-Type": "text/plain"}
+    async with rig.session.post(rig.admin + "/admin/kv/reap", data="{}", headers=page) as response:
+        assert response.status == 403
+        assert "web pages" in (await response.json())["error"]["message"]
+    async with rig.session.get(rig.admin + "/admin/kv", headers=page) as response:
+        assert response.status == 200
