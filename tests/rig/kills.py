@@ -1,4 +1,4 @@
-"""Engines that are killed, one after the other, under whole answers: none may be lost or wrong as long as another engine is there.
+"""Engines that are killed, one after the other, under whole answers and streams: none may be lost or wrong while another engine is there.
 
 Started by ``scripts/kills``. Three prefill and three decode engines, embedded, paced and without arithmetic, of which one is killed every
 two seconds and started anew on its ports; one router, to which they were given by address.
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
+import msgspec
 
 from tests.engines import EngineProcess, launch_engine
 from tests.ports import free_port
@@ -31,23 +32,30 @@ TOKENS = 8
 EVERY_S = 2.0
 PACE = ("--paced", "10,0.05;10,0.2", "--paced-compute", "off")
 READY_LIMIT_S = 30.0
+WENT_ON = ('disagg_resumes_total{outcome="resumed"}', 'disagg_resumes_total{outcome="completed"}')
 
 
 @dataclass
 class Tally:
-    """What became of the answers. `attempts`: how many needed so many attempts."""
+    """What became of the answers.
+
+    Attributes:
+        attempts: how many needed so many attempts before their client heard anything.
+        went_on: streams that were cut when their client had heard something, by the router's count.
+    """
 
     kills: int = 0
     right: int = 0
     bad: Counter[str] = field(default_factory=Counter)
     attempts: Counter[int] = field(default_factory=Counter)
     longest_s: float = 0.0
+    went_on: int = 0
 
     def __str__(self) -> str:
         again = sum(count for attempts, count in self.attempts.items() if attempts > 1)
         return (
-            f"{self.kills} kills, {self.right} answers right, {again} of them after another attempt, {self.bad.total()} lost or wrong"
-            f"{f' {dict(self.bad)}' if self.bad else ''}; the longest took {self.longest_s:.2f} s"
+            f"{self.kills} kills, {self.right} answers right, {again} of them after another attempt, {self.went_on} streams went on "
+            f"elsewhere, {self.bad.total()} lost or wrong{f' {dict(self.bad)}' if self.bad else ''}; the longest took {self.longest_s:.2f} s"
         )
 
 
@@ -57,6 +65,7 @@ class Town:
     def __init__(self) -> None:
         self.engines: list[EngineProcess] = []
         self.url = f"http://127.0.0.1:{free_port()}"
+        self.admin = f"http://127.0.0.1:{free_port()}"
 
     @contextmanager
     def running(self) -> Iterator[Town]:
@@ -68,7 +77,7 @@ class Town:
             for engine in self.engines:
                 engine.wait_ready()
             given = [word for engine in self.engines for word in (f"--{engine.role}", _address(engine))]
-            places = ["--http", self.url.removeprefix("http://"), "--admin", "127.0.0.1:0", "--control", "127.0.0.1:0"]
+            places = ["--http", self.url.removeprefix("http://"), "--admin", self.admin.removeprefix("http://"), "--control", "127.0.0.1:0"]
             command = [sys.executable, "-m", "disagg", "serve", "--role", "router", *places, *given, "--log-level", "error"]
             with (Path(folder) / "log").open("wb") as log:
                 router = subprocess.Popen(
@@ -97,18 +106,32 @@ class Clients:
     def __init__(self, session: aiohttp.ClientSession, town: Town, tally: Tally) -> None:
         self._session = session
         self._url = f"{town.url}/v1/completions"
+        self._metrics = f"{town.admin}/metrics"
         self._tally = tally
         self._right: list[str] = []
         self.over = False
 
-    async def ask(self, question: int) -> tuple[int, str, int]:
+    async def ask(self, question: int, *, stream: bool = False) -> tuple[int, str, int]:
         """Status, text (or what was wrong), attempts."""
-        body = {"prompt": f"Question {question}: " + "why? " * question, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+        body = {
+            "prompt": f"Question {question}: " + "why? " * question,
+            "max_tokens": TOKENS,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": stream,
+        }
         async with self._session.post(self._url, json=body) as response:
-            answer = await response.json()
+            raw = await response.text()
             if response.status != 200:
-                return response.status, str(answer), 0
-            return 200, answer["choices"][0]["text"], int(response.headers["x-disagg-attempts"])
+                return response.status, raw, 0
+            text = _streamed(raw) if stream else msgspec.json.decode(raw)["choices"][0]["text"]
+            return 200, text, int(response.headers["x-disagg-attempts"])
+
+    async def count(self) -> None:
+        """Asks the router how many streams went on."""
+        async with self._session.get(self._metrics) as response:
+            lines = (await response.text()).splitlines()
+        self._tally.went_on = sum(int(float(line.split()[-1])) for line in lines if line.startswith(WENT_ON))
 
     async def learn(self) -> None:
         """What is right, while nothing is killed."""
@@ -120,25 +143,33 @@ class Clients:
         self._right = [text for _, text, _ in answers]
         assert len(set(self._right)) > QUESTIONS // 2, "answers that are all the same prove nothing"
 
-    async def _try(self, question: int) -> tuple[int, str, int]:
+    async def _try(self, question: int, *, stream: bool = False) -> tuple[int, str, int]:
         try:
-            return await self.ask(question)
+            return await self.ask(question, stream=stream)
         except (aiohttp.ClientError, TimeoutError) as error:
             return 0, type(error).__name__, 0
 
     async def client(self, number: int) -> None:
         """Asks one question after the other, until it is over."""
-        question, tally = number, self._tally
+        question, tally, stream = number, self._tally, bool(number % 2)
         while not self.over:
             question = (question + 1) % QUESTIONS
             began = time.monotonic()
-            status, text, attempts = await self._try(question)
+            status, text, attempts = await self._try(question, stream=stream)
             tally.longest_s = max(tally.longest_s, time.monotonic() - began)
             if status == 200 and text == self._right[question]:
                 tally.right += 1
                 tally.attempts[attempts] += 1
             else:
                 tally.bad["wrong text" if status == 200 else f"{status} {text[:120]}"] += 1
+
+
+def _streamed(raw: str) -> str:
+    """What a stream said; with its error in it where it did not come to its end."""
+    *events, done = [event.removeprefix("data: ") for event in raw.split("\n\n") if event]
+    told = [msgspec.json.decode(event) for event in events]
+    text = "".join(event["choices"][0]["text"] if "choices" in event else f"[{event}]" for event in told)
+    return text if done == "[DONE]" else f"{text}[{done}]"
 
 
 async def run(kills: int, answers: int, seed: int, every_s: float = EVERY_S, *, show: bool = True) -> Tally:
@@ -161,8 +192,10 @@ async def run(kills: int, answers: int, seed: int, every_s: float = EVERY_S, *, 
                         tally.kills += 1
                         await asyncio.to_thread(town.engines[victim].wait_ready)  # so that another engine of its role is always there
                     if show and tally.kills % 10 == 0:
+                        await clients.count()
                         sys.stderr.write(f"kills: {tally}\n")
                 clients.over = True
+            await clients.count()
     return tally
 
 
