@@ -53,9 +53,10 @@ class Tally:
 
     def __str__(self) -> str:
         again = sum(count for attempts, count in self.attempts.items() if attempts > 1)
+        bad = f"{self.bad.total()} lost or wrong{f' {dict(self.bad)}' if self.bad else ''}"
         return (
             f"{self.kills} kills, {self.right} answers right, {again} of them after another attempt, {self.went_on} streams went on "
-            f"elsewhere, {self.bad.total()} lost or wrong{f' {dict(self.bad)}' if self.bad else ''}; the longest took {self.longest_s:.2f} s"
+            f"elsewhere, {bad}; the longest took {self.longest_s:.2f} s"
         )
 
 
