@@ -95,6 +95,16 @@ def test_without_any_death_nothing_is_shut() -> None:
     assert may_go(ledger, 5, [A], 0.0)
 
 
+def test_copies_that_were_under_way_together_are_struck_once() -> None:
+    """Two engines of one host die at once, or two samples of one request lose theirs: that proves nothing against what they share."""
+    ledger = Ledger()
+    ledger.died(A, {GOOD: 5}, 10.0, sent_at=9.0)
+    assert ledger.died(B, {GOOD: 7}, 10.3, sent_at=9.5) == []
+    assert ledger.blocked(GOOD, 11.0) == 0
+    assert ledger.is_suspect(GOOD, 11.0)
+    assert ledger.died(C, {GOOD: 0}, 20.0, sent_at=10.5) == [GOOD], "this one was sent when that was known"
+
+
 def test_it_is_calm_again_when_all_strikes_are_forgotten() -> None:
     ledger = Ledger()
     ledger.died(A, {POISON: 0, GOOD: 0}, 0.0)
