@@ -304,6 +304,10 @@ def test_a_wide_listener_without_keys_is_warned_of_once(tmp_path: Path) -> None:
     port = free_port()
     with router(tmp_path, "--http", f"0.0.0.0:{port}", "--log-format", "json") as running:
         said = running.lines_until("Started in ")
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(LIMIT_S) == 0
+        assert running.process.stdout is not None
+        said += running.process.stdout.read().splitlines()  # the log is written beside the lines for people, at its own pace
     warnings = [json.loads(line) for line in said if line.startswith("{")]
     assert [w["level"] for w in warnings] == ["warning"]
     assert warnings[0]["http"] == f"0.0.0.0:{port}"

@@ -60,6 +60,17 @@ async def crowd(port: int, number: int, stack: contextlib.AsyncExitStack) -> lis
     return await asyncio.gather(*(one() for _ in range(number)))
 
 
+async def recovers(session: aiohttp.ClientSession, url: str) -> None:
+    """Requests are served again, as soon as the router has seen that the crowd is gone."""
+    async with asyncio.timeout(RECOVERS_S):
+        while True:
+            with contextlib.suppress(aiohttp.ClientError):
+                async with session.post(url, json=CHAT) as response:
+                    if response.status == 200:
+                        return
+            await asyncio.sleep(0.02)
+
+
 async def test_a_thousand_connections_to_a_router_of_256_files_hurt_nobody_who_was_there(tmp_path: Path) -> None:
     async with served(tmp_path, FILES) as (router, _, decode), contextlib.AsyncExitStack() as stack:
         may_end = asyncio.Event()
@@ -89,14 +100,7 @@ async def test_a_thousand_connections_to_a_router_of_256_files_hurt_nobody_who_w
             states = await asyncio.to_thread(router.engines)
             assert set(states.values()) == {"ready"}, "the admin listener answers, and nobody took an engine for dead"
             assert running.content.exception() is None
-        began = asyncio.get_running_loop().time()
-        while True:
-            with contextlib.suppress(aiohttp.ClientError):
-                async with session.post(url, json=CHAT) as response:
-                    if response.status == 200:
-                        break
-            assert asyncio.get_running_loop().time() - began < RECOVERS_S
-            await asyncio.sleep(0.02)
+        await recovers(session, url)
         may_end.set()
         rest = await running.text()
         assert "[DONE]" in rest
@@ -119,15 +123,19 @@ async def test_requests_that_need_more_files_than_there_are_get_a_503_and_no_eng
         prefill.behave = decode.behave = forever
         url = f"http://127.0.0.1:{router.http}/v1/chat/completions"
         refusals: list[tuple[int, str]] = []
+        unheard: list[aiohttp.ClientError] = []
 
         async def ask() -> None:
-            with contextlib.suppress(aiohttp.ClientError):
+            try:
                 async with session.post(url, json={**CHAT, "max_tokens": 1}) as response:  # small: the engines have room for all
                     refusals.append((response.status, (await response.json())["error"]["message"]))
+            except aiohttp.ClientError as error:  # refused with its request still on the way: the answer may be lost with the connection
+                unheard.append(error)
 
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(ask()) for _ in range(FILES // 2)]
-            await until(lambda: len(refusals) + len(decode.calls) >= FILES // 2, 20.0)
+            await until(lambda: len(refusals) + len(unheard) + len(decode.calls) >= FILES // 2, 20.0)
+            assert len(unheard) < FILES // 20, "nearly all who are refused are told so"
             assert set(refusals) == {(503, "this router has as many connections as it can take; come again")}
             assert decode.calls
             states = await asyncio.to_thread(router.engines)
@@ -136,8 +144,7 @@ async def test_requests_that_need_more_files_than_there_are_get_a_503_and_no_eng
                 task.cancel()
         prefill.behave = decode.behave = answer_well
         await until(lambda: not decode.live, 20.0)
-        async with session.post(url, json=CHAT) as response:
-            assert response.status == 200
+        await recovers(session, url)
 
 
 # --- a log that nobody reads
