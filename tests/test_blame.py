@@ -7,7 +7,7 @@ import random
 import pytest
 
 from disagg.model import EngineId
-from disagg.policy.blame import BLOCKED_S, MARGIN, SAME_DEATH_S, STRIKE_KEPT_S, Ledger
+from disagg.policy.blame import MARGIN, STRIKE_KEPT_S, Ledger
 
 A, B, C = EngineId("a"), EngineId("b"), EngineId("c")
 POISON, GOOD, OTHER = 1, 2, 3
@@ -19,7 +19,7 @@ def test_one_death_makes_suspects_and_two_block() -> None:
     assert ledger.is_suspect(POISON, 1.0)
     assert ledger.is_suspect(GOOD, 1.0)
     assert ledger.died(B, {POISON: 0}, 1.0) == [POISON]
-    assert ledger.blocked(POISON, 1.0) == BLOCKED_S
+    assert ledger.blocked(POISON, 1.0) == STRIKE_KEPT_S
     assert ledger.blocked(GOOD, 1.0) == 0.0
     ledger.check()
 
@@ -28,8 +28,8 @@ def test_a_block_ends_and_so_does_a_strike() -> None:
     ledger = Ledger()
     ledger.died(A, {POISON: 0, GOOD: 0}, 0.0)
     ledger.died(B, {POISON: 0}, 1.0)
-    assert ledger.blocked(POISON, BLOCKED_S) == 1.0
-    assert ledger.blocked(POISON, BLOCKED_S + 1.0) == 0.0
+    assert ledger.blocked(POISON, STRIKE_KEPT_S) == 1.0
+    assert ledger.blocked(POISON, STRIKE_KEPT_S + 1.0) == 0.0
     assert not ledger.is_suspect(GOOD, STRIKE_KEPT_S)
     assert ledger.died(C, {GOOD: 0}, STRIKE_KEPT_S + 1.0) == [], "the death of long ago does not count"
 
@@ -233,12 +233,6 @@ def test_without_the_ledger_poison_kills_engine_after_engine() -> None:
 
 def test_one_death_is_one_strike_however_many_copies_of_a_request_it_struck() -> None:
     ledger = Ledger()
-    assert [ledger.died(A, {GOOD: 0}, at, process=1) for at in (0.0, 0.1, SAME_DEATH_S - 0.1)] == [[], [], []]
-    assert ledger.blocked(GOOD, 1.0) == 0.0
-    assert ledger.died(A, {GOOD: 0}, 1.0, process=2) == [GOOD], "the process that took its place died, too"
-
-
-def test_what_dies_again_at_the_same_place_much_later_died_again() -> None:
-    ledger = Ledger()
-    ledger.died(A, {POISON: 0}, 0.0, process=1)
-    assert ledger.died(A, {POISON: 0}, SAME_DEATH_S, process=1) == [POISON]
+    assert [ledger.died(A, {GOOD: 0}, at, sent_at=-1.0) for at in (0.0, 0.1, 4.9)] == [[], [], []]
+    assert ledger.blocked(GOOD, 5.0) == 0.0
+    assert ledger.died(A, {GOOD: 0}, 5.0, sent_at=4.0) == [GOOD], "the process that took its place died, too"

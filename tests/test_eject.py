@@ -356,6 +356,17 @@ def test_noise_is_no_slowness_and_small_changes_bring_no_new_view() -> None:
     assert pace(rig, {D0: 0.055, D1: 0.02, D2: 0.02}, 3.0, 30) == []
 
 
+def test_milliseconds_are_noise_whatever_the_ratio() -> None:
+    def fed(rig: Rig, decode_s: float, read_s: float) -> Rig:
+        for at in range(20):
+            pace(rig, {D0: decode_s, D1: 0.001, D2: 0.001}, float(at), 10 + at)
+            rig.feed(Paced({e: Measure(s / 1000, 10 + at, s) for e, s in ((P0, read_s), (P1, 0.005), (P2, 0.005))}), float(at))
+        return rig
+
+    assert fed(Rig(), 0.0039, 0.024).machine.weights == {}
+    assert fed(Rig(), 0.0041, 0.026).out == {D0, P0}
+
+
 def test_who_gets_no_work_is_tried_again() -> None:
     rig = Rig(1, 2)
     pace(rig, {D0: 0.2, D1: 0.02}, 0.0, 10)

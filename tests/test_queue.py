@@ -91,7 +91,7 @@ class Room:
         for entry in running:
             self.end(entry)
         self.free = 0
-        assert len(self.queue) == 0
+        assert self.queue.waiting == 0
         assert self.queue.rate == pytest.approx(tokens / every_s, rel=0.2)
 
 
@@ -102,7 +102,7 @@ def test_a_request_is_dispatched_at_once_when_there_is_room() -> None:
     room = Room(free=5)
     entry = room.wait(tokens=5)
     assert room.one() is entry
-    assert (entry.place, len(room.queue), room.queue.running) == (Place.RUNNING, 0, 1)
+    assert (entry.place, room.queue.waiting, room.queue.running) == (Place.RUNNING, 0, 1)
     room.end(entry)
     assert (entry.place, room.queue.running) == (Place.GONE, 0)
 
@@ -269,12 +269,12 @@ def test_a_lone_user_is_let_into_a_full_queue_and_the_flood_makes_way() -> None:
     room = Room(timeout_s=5.0)
     room.steady()
     room.fill("flood", 10)
-    waiting = len(room.queue)
+    waiting = room.queue.waiting
     entry, shed = room.offer("lone", 30)
     assert entry.place is Place.WAITING
     assert {each.entry.user for each in shed} <= {"flood"}
     assert all(each.reason is Reason.DISPLACED and each.status == 429 for each in shed)
-    assert len(room.queue) == waiting + 1 - len(shed)
+    assert room.queue.waiting == waiting + 1 - len(shed)
 
 
 def test_the_newest_of_the_lowest_priority_makes_way_for_a_more_important_one() -> None:
@@ -293,9 +293,9 @@ def test_a_less_important_one_never_displaces_anybody() -> None:
     room = Room(timeout_s=5.0)
     room.steady()
     room.fill("a", 10, priority=1)
-    waiting = len(room.queue)
+    waiting = room.queue.waiting
     entry, (shed,) = room.offer("b", 10, priority=0)
-    assert (shed.entry, shed.reason, len(room.queue)) == (entry, Reason.WAIT, waiting)
+    assert (shed.entry, shed.reason, room.queue.waiting) == (entry, Reason.WAIT, waiting)
 
 
 def test_bodies_are_bounded_in_bytes() -> None:
@@ -459,7 +459,7 @@ def test_an_entry_is_offered_once_and_may_leave_often() -> None:
         room.queue.offer(entry, now=room.now)
     for _ in range(3):
         room.end(entry)
-    assert len(room.queue) == 0
+    assert room.queue.waiting == 0
     never = room.entry()
     room.queue.leave(never, now=room.now)
     room.queue.check()
@@ -549,7 +549,7 @@ def test_a_random_walk_keeps_its_books(seed: int) -> None:
     for entry in live:
         queue.leave(entry, now=now)
     queue.check()
-    assert len(queue) == queue.running == 0
+    assert queue.waiting == queue.running == 0
 
 
 # --- overload, in virtual time

@@ -2,8 +2,10 @@
 
 Theory of operation. A request that makes an engine crash would, replayed, make the next one crash. From outside all requests that were in
 flight look the same, so each gets a *strike*, and a request with a strike is a *suspect*: it is replayed where no other suspect is
-unproven, so that a second death tells which one it was. Two strikes: the request is blocked for `BLOCKED_S`, wherever it comes from. A
-suspect that got further than where it was when its engine died, or ended, is *proved*: it was innocent, and has no strike any more.
+unproven, so that a second death tells which one it was. Two strikes: the request is blocked, wherever it comes from. Strikes are in
+sequence: of copies of a request that were under way together none is struck for what killed another, so that two engines that die at once
+condemn nobody. A suspect that got further than where it was when its engine died, or ended, is *proved*: it was innocent, and has no
+strike any more. So it is after `STRIKE_KEPT_S`, blocked or not.
 
 A request that is new may be poison as well. So that a suspect is not condemned for what a newcomer did, the two keep away from each other
 while a patient caller waits for that (`patient`); an impatient one keeps suspects from one another only, which is never given up.
@@ -22,9 +24,8 @@ from math import inf
 from disagg.model import EngineId
 
 STRIKES = 2
-BLOCKED_S = 600.0
 STRIKE_KEPT_S = 600.0
-SAME_DEATH_S = 5.0
+"""The same for all strikes, so that the oldest entries are the first to go."""
 KEPT = 10_000
 MARGIN = 3
 """Tokens that an engine may have made without the router having seen them when it died."""
@@ -34,14 +35,15 @@ HISTORY_LIMIT = 64
 class _Entry:
     """What a fingerprint did."""
 
-    __slots__ = ("death", "past", "strikes", "struck_at", "until")
+    __slots__ = ("past", "strikes", "struck_at")
 
     def __init__(self) -> None:
         self.strikes = 0
-        self.death: object = None
         self.struck_at = 0.0
         self.past = 0
-        self.until = 0.0
+
+    def is_over(self, now: float) -> bool:
+        return now - self.struck_at >= STRIKE_KEPT_S
 
 
 class Ledger:
@@ -101,9 +103,7 @@ class Ledger:
         if entry is not None and entry.strikes < self._limit:
             del self._entries[fingerprint]
 
-    def died(
-        self, engine: EngineId, in_flight: Mapping[int, int], now: float, *, process: object = None, sent_at: float = inf
-    ) -> list[int]:
+    def died(self, engine: EngineId, in_flight: Mapping[int, int], now: float, *, sent_at: float = inf) -> list[int]:
         """A process died.
 
         Args:
@@ -111,17 +111,14 @@ class Ledger:
             in_flight: the requests that ran there, by fingerprint, with the tokens that each had been seen to give, 0 before the first.
                 Those that were proved since count like those that were not: they may have crashed it further on.
             now: when.
-            process: what tells it from the one that was there before; told again within `SAME_DEATH_S`, for another copy of a request, it
-                is the same death. None: it is another one each time.
-            sent_at: when they were sent there. Who was sent before the last strike was known is not struck again: that two engines died
-                under copies of a request, or both engines of one attempt, says no more than that one did.
+            sent_at: when they were sent there. Who was sent before its last strike was known is not struck again: that an engine died
+                under several copies of a request, or both engines of one attempt did, says no more than that one died under one.
 
         Returns:
             The fingerprints that are blocked by that.
         """
         suspects = sum(self.is_suspect(fingerprint, now) for fingerprint in in_flight)
-        death = None if process is None else (engine, process)
-        blocked = [fingerprint for fingerprint, tokens in in_flight.items() if self._strike(fingerprint, tokens, now, death, sent_at)]
+        blocked = [fingerprint for fingerprint, tokens in in_flight.items() if self._strike(fingerprint, tokens, now, sent_at)]
         for place, running in self._unproved.items():
             if copies := in_flight.keys() & running.keys():
                 self._tried.setdefault(place, set()).update(copies)
@@ -130,22 +127,18 @@ class Ledger:
         del self.history[:-HISTORY_LIMIT]
         return blocked
 
-    def _strike(self, fingerprint: int, tokens: int, now: float, death: object, sent_at: float) -> bool:
+    def _strike(self, fingerprint: int, tokens: int, now: float, sent_at: float) -> bool:
         entry = self._entries.get(fingerprint)
-        if entry is None or entry.until <= now:
+        if entry is None or entry.is_over(now):
             entry = self._entries[fingerprint] = _Entry()
-        is_known = death is not None and entry.death == death and now - entry.struck_at < SAME_DEATH_S
-        if entry.strikes and (is_known or sent_at < entry.struck_at):
-            return entry.strikes >= self._limit
-        entry.death, entry.struck_at = death, now
-        entry.strikes += 1
-        entry.past = tokens + MARGIN if tokens else 0
-        is_blocked = entry.strikes >= self._limit
-        entry.until = now + (BLOCKED_S if is_blocked else STRIKE_KEPT_S)
-        self._entries.move_to_end(fingerprint)
-        if len(self._entries) > self._kept:
-            self._entries.popitem(last=False)
-        return is_blocked
+        if not entry.strikes or sent_at >= entry.struck_at:
+            entry.strikes += 1
+            entry.struck_at = now
+            entry.past = tokens + MARGIN if tokens else 0
+            self._entries.move_to_end(fingerprint)
+            if len(self._entries) > self._kept:
+                self._entries.popitem(last=False)
+        return entry.strikes >= self._limit
 
     # --- what follows
 
@@ -155,11 +148,10 @@ class Ledger:
         entry = self._entries.get(fingerprint)
         if entry is None or entry.strikes < self._limit:
             return 0.0
-        return max(0.0, entry.until - now)
+        return max(0.0, entry.struck_at + STRIKE_KEPT_S - now)
 
     def _prune(self, now: float) -> None:
-        """Those of long ago stand in front: all strikes are kept for the same time."""
-        while self._entries and next(iter(self._entries.values())).until <= now:
+        while self._entries and next(iter(self._entries.values())).is_over(now):
             self._entries.popitem(last=False)
 
     def is_suspect(self, fingerprint: int, now: float) -> bool:
@@ -190,7 +182,7 @@ class Ledger:
 
     def _strikes(self, fingerprint: int, now: float) -> int:
         entry = self._entries.get(fingerprint)
-        return 0 if entry is None or entry.until <= now else entry.strikes
+        return 0 if entry is None or entry.is_over(now) else entry.strikes
 
     def check(self) -> None:
         """Asserts what is always true."""

@@ -47,8 +47,9 @@ WEIGHT_MAX = 10.0
 WEIGHT_NOISE = 1.5
 """Engines this much slower than the median are as good as the others."""
 UNIT_NOISE_S = 0.003
+"""Decode engines whose steps do not take longer by more than this are as good as the others: it may be this machine that was busy."""
 WHOLE_NOISE_S = 0.02
-"""Engines that are not slower by more than this are as good as the others, whatever the ratio: it may be this machine that was busy."""
+"""The same of prefill engines, for a whole prompt."""
 WEIGHT_STEP = 1.25
 STALE_S = 10.0
 HISTORY_LIMIT = 256
@@ -491,16 +492,18 @@ class Ejector:
 
 
 def _slower(measures: Mapping[EngineId, Measure]) -> dict[EngineId, float]:
-    """How many times as slow as the median each of them is."""
-    unit_s = median_low([m.unit_s for m in measures.values()])
-    wholes = [m.whole_s for m in measures.values() if m.whole_s is not None]
-    whole_s = median_low(wholes) if len(wholes) == len(measures) else 0.0
-    if not whole_s:
-        return {name: m.unit_s / unit_s if m.unit_s - unit_s > UNIT_NOISE_S else 1.0 for name, m in measures.items()}
-    return {
-        name: min(m.unit_s / unit_s, m.whole_s / whole_s) if m.whole_s and m.whole_s - whole_s > WHOLE_NOISE_S else 1.0
-        for name, m in measures.items()
-    }
+    """How many times as slow as the median each of them is; where the whole is known of all, whichever says less."""
+    units = {name: m.unit_s for name, m in measures.items()}
+    wholes = {name: m.whole_s for name, m in measures.items() if m.whole_s}
+    if len(wholes) < len(measures):
+        return _times(units, UNIT_NOISE_S)
+    by_unit, by_whole = _times(units, 0.0), _times(wholes, WHOLE_NOISE_S)
+    return {name: min(by_unit[name], by_whole[name]) for name in measures}
+
+
+def _times(seconds: Mapping[EngineId, float], noise_s: float) -> dict[EngineId, float]:
+    median_s = median_low(seconds.values())
+    return {name: s / median_s if s - median_s > noise_s else 1.0 for name, s in seconds.items()}
 
 
 def _sentence(out_for_s: float, why: str) -> str:

@@ -353,10 +353,6 @@ class Queue:
             f"rate {speed} tokens/s, {'standing' if self.standing else 'calm'}>"
         )
 
-    def __len__(self) -> int:
-        """How many wait."""
-        return self.waiting
-
     @property
     def running(self) -> int:
         """How many were dispatched and have not ended."""

@@ -54,8 +54,6 @@ def pool_of(view: ClusterView, model: str) -> Pool:
         NoCapacityError: no request can be served at the moment.
     """
     pool = view.pools.get(model)
-    if pool is not None and pool.can_serve:
-        return pool
     if pool is None and not model and len(view.pools) == 1:
         pool = next(iter(view.pools.values()))
     if pool is not None and pool.can_serve:

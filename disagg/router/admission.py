@@ -93,13 +93,13 @@ class Promise:
 
     __slots__ = ("_admission", "_decode_tokens", "_prefill_tokens", "choice", "entry", "queue", "served")
 
-    def __init__(self, admission: Admission, choice: Choice, prefill_tokens: int | None, decode_tokens: int) -> None:
+    def __init__(self, admission: Admission, choice: Choice, prefill_tokens: int, decode_tokens: int) -> None:
         self.choice = choice
         self.served = True
         self.entry: Entry | None = None
         self.queue: Queue | None = None
         self._admission = admission
-        self._prefill_tokens = prefill_tokens  # None: there is nothing to take back
+        self._prefill_tokens = None if choice.prefill is None else prefill_tokens  # None: there is nothing to take back
         self._decode_tokens: int | None = decode_tokens
 
     def end(self, slot: int) -> None:
@@ -173,6 +173,8 @@ class Admission:
         self._loop = loop
         self._clock = clock
         self._queues: dict[tuple[str, bool], Queue] = {}
+        self._models: set[str] = set()  # that were ever served
+        self._only_model = ""
         self._loads: dict[int, EngineLoad] = {}
         self._pids: dict[int, int] = {}
         self._waiting = 0
@@ -206,7 +208,7 @@ class Admission:
 
     def promise(self, choice: Choice, tokens: int = 0) -> Promise:
         """A promise for what does not wait, as the router's own canaries."""
-        return self._promise(choice, None if choice.prefill is None else tokens, tokens)
+        return self._promise(choice, tokens, tokens)
 
     def could_serve(self, wanting: Wanting, exclude: Collection[EngineId]) -> bool:
         """True when engines are there, with room or without. Raises UnknownModelError."""
@@ -306,7 +308,7 @@ class Admission:
         except NoCapacityError:
             return None
         wanting.promised((decode.id,) if prefill is None else (prefill.id, decode.id))
-        return self._promise(choice, None if prefill is None else prompt_tokens, tokens)
+        return self._promise(choice, prompt_tokens, tokens)
 
     def _choose(self, wanting: Wanting, exclude: Collection[EngineId]) -> Choice:
         pool = pool_of(self._view(), wanting.model)
@@ -320,10 +322,10 @@ class Admission:
         needs = ((pool.prefill, prompt_tokens), (pool.decode, tokens), (pool.unified, tokens))
         return [e.id for engines, tokens in needs for e in engines if self._is_full(e, tokens)]
 
-    def _promise(self, choice: Choice, prefill_tokens: int | None, decode_tokens: int) -> Promise:
+    def _promise(self, choice: Choice, prefill_tokens: int, decode_tokens: int) -> Promise:
         if choice.prefill is not None:
             self.in_flight.start(choice.prefill.slot)
-            self.ledger.reserve(choice.prefill.slot, prefill_tokens or 0)
+            self.ledger.reserve(choice.prefill.slot, prefill_tokens)
         self.in_flight.start(choice.decode.slot)
         self.ledger.reserve(choice.decode.slot, decode_tokens)
         return Promise(self, choice, prefill_tokens, decode_tokens)
@@ -343,22 +345,19 @@ class Admission:
         return max((e.facts.context_tokens for e in (*pool.decode, *pool.unified)), default=0)
 
     def _queue(self, wanting: Wanting) -> Queue:
-        """Its own for what only a unified engine may take: pairs that are free must not wait behind it."""
-        unified_only = wanting.unified_only
-        queue = self._queues.get((wanting.model, unified_only)) if wanting.model else None
-        if queue is None:
-            name = (self._served_name(wanting.model), unified_only)  # what clients ask for makes no queues
-            queue = self._queues.get(name)
-            if queue is None:
-                queue = self._queues[name] = Queue(timeout_s=self._timeout_s, target_s=self._timeout_s * STANDING_SHARE)
-        return queue
+        """One for each model, and for what only a unified engine may take another: pairs that are free must not wait behind it.
 
-    def _served_name(self, model: str) -> str:
-        """Who names no model stands in one queue with those who name the only one."""
-        known = self._view().pools.keys() | {name for name, _ in self._queues if name}
-        if model:
-            return model if model in known else ""
-        return next(iter(known)) if len(known) == 1 else ""
+        Who names no model stands in one queue with those who name the only one.
+        """
+        name, unified_only = wanting.model or self._only_model, wanting.unified_only
+        queue = self._queues.get((name, unified_only))
+        if queue is None:
+            name = name if name in self._models else ""  # what clients ask for makes no queues
+            queue = self._queues.get((name, unified_only))
+            if queue is None:
+                queue = Queue(timeout_s=self._timeout_s, target_s=self._timeout_s * STANDING_SHARE)
+                self._queues[name, unified_only] = queue
+        return queue
 
     def _grow(self, slots: int) -> None:
         self.in_flight.grow(slots)
@@ -392,7 +391,11 @@ class Admission:
 
     def changed(self) -> None:
         """The view is another one."""
-        engines = self._view().engines
+        view = self._view()
+        engines, models = view.engines, view.pools.keys()
+        self._models |= models
+        if models:
+            self._only_model = next(iter(models)) if len(models) == 1 else ""
         if engines:
             self._grow(engines[-1].slot + 1)
         for engine in engines:

@@ -104,7 +104,7 @@ class _GenerateFields(_OwnKeys):
 
 class _SamplingFields(msgspec.Struct):
     n: _Count | None = None
-    max_new_tokens: Annotated[int, msgspec.Meta(ge=1)] | msgspec.UnsetType | None = msgspec.UNSET
+    max_new_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = DEFAULT_TOKENS[Route.GENERATE]  # null: as many as fit
     sampling_seed: int | None = None
 
 
@@ -316,11 +316,10 @@ def _note_generate(request: ClientRequest, fields: _GenerateFields) -> None:
         raise RequestError("send exactly one of `text` and `input_ids`", param="text")
     _check_start(given[0], b'"[', "text" if _given(fields.text) else "input_ids")
     request.prompts = _list_length(given[0])
-    sampling = _sampling_fields(fields.sampling_params)
-    counts = {one.n or 1 for one in sampling} or {1}
-    limits = [DEFAULT_TOKENS[Route.GENERATE] if one.max_new_tokens is msgspec.UNSET else one.max_new_tokens for one in sampling]
-    known = [limit for limit in limits if limit is not None]
-    request.max_tokens = max(known, default=DEFAULT_TOKENS[Route.GENERATE]) if len(known) == len(limits) else None  # null: what fits
+    sampling = _sampling_fields(fields.sampling_params) or [_SamplingFields()]
+    counts = {one.n or 1 for one in sampling}
+    limits = {one.max_new_tokens for one in sampling}
+    request.max_tokens = None if None in limits else max(filter(None, limits))
     if len(counts) > 1:
         raise RequestError("`n` must be the same in all of `sampling_params`", param="sampling_params")
     request.samples = counts.pop()

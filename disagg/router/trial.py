@@ -77,19 +77,19 @@ class Trial:
 
     def prove(self) -> None:
         """It came further than where its engine had died, or to its end."""
-        engines, self._engines = self._engines, ()
-        if engines:
-            was_calm = self._ledger.is_calm
-            self._ledger.proved(self.fingerprint, engines)
-            if not was_calm:
-                self._on_room()
+        self._settle(self._ledger.proved)
 
     def end(self) -> None:
         """It runs there no longer, which proves nothing."""
+        self._settle(self._ledger.ended)
+
+    def _settle(self, tell: Callable[[int, Sequence[EngineId]], None]) -> None:
         engines, self._engines = self._engines, ()
         if engines:
-            self._ledger.ended(self.fingerprint, engines)
-            self._on_room()
+            was_calm = self._ledger.is_calm
+            tell(self.fingerprint, engines)
+            if not was_calm:
+                self._on_room()
 
     def engine_died(self, engine: EngineView, tokens: int) -> None:
         """The process died under it.
@@ -98,4 +98,4 @@ class Trial:
             engine: as it was chosen.
             tokens: that it had been seen to give.
         """
-        self._ledger.died(engine.id, {self.fingerprint: tokens}, self._clock(), process=engine.address, sent_at=self._sent_at)
+        self._ledger.died(engine.id, {self.fingerprint: tokens}, self._clock(), sent_at=self._sent_at)

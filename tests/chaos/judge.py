@@ -13,7 +13,6 @@ Each request has one outcome:
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from typing import NamedTuple
 import msgspec
 
 from tests.chaos.answers import Malformed, Said, stream, whole
+from tests.quantile import quantile
 
 AVAILABLE = 0.999
 """Of the requests whose clients stayed, while one thing is broken at a time."""
@@ -188,7 +188,7 @@ def report_of(log: Log) -> Report:
     outcomes = Counter(entry.outcome for entry in entries)
     counted = sum(outcomes[name] for name in ("right", "shed", "lost", "wrong", "stuck"))
     availability = outcomes["right"] / counted if counted else 0.0
-    first = sorted(entry.first_s for entry in entries if entry.first_s is not None and entry.outcome == "right")
+    first = [entry.first_s for entry in entries if entry.first_s is not None and entry.outcome == "right"]
     return Report(
         seed=log.seed,
         storm=log.storm,
@@ -197,8 +197,8 @@ def report_of(log: Log) -> Report:
         requests=len(entries),
         outcomes={name: outcomes[name] for name in OUTCOMES},
         availability=availability,
-        ttft_p50_s=statistics.median(first) if first else 0.0,
-        ttft_p99_s=first[int(0.99 * (len(first) - 1))] if first else 0.0,
+        ttft_p50_s=quantile(first, 0.5),
+        ttft_p99_s=quantile(first, 0.99),
         resumes=log.resumes,
         replays=log.replays,
         more_than_one_attempt=sum(entry.attempts > 1 for entry in entries),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import venv
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.ports import free_port
 from tests.rig.binary import RigError, cache_dir
 from tests.rig.processes import BOOTSTRAP_PORT, Fakes, Rig, Router
 
@@ -103,14 +103,6 @@ def install(contestant: Contestant, say: Callable[[str], None]) -> Path:
         raise RigError(f"cannot install {contestant.requirement} (leave it out with --routers):\n{done.stderr.strip()}")
     complete.touch()
     return python
-
-
-def free_port() -> int:
-    """A port that was free a moment ago; routers take numbers, not sockets."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def router_of(contestant: Contestant, rig: Rig, fakes: Fakes, python: Path, scratch: Path, *, profile: Path | None = None) -> Router:

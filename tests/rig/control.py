@@ -28,6 +28,7 @@ import msgspec
 from disagg.life import set_limits
 from disagg.model import Role
 from disagg.security.keys import KeyPair
+from tests.quantile import quantile
 from tests.rig.bench import pick_cores, say
 from tests.rig.binary import RigError, build
 from tests.rig.hosts import RouterProcess, end, python_module, wait_for, wall
@@ -49,12 +50,6 @@ class Row(msgspec.Struct, frozen=True):
     found: str
     target: str = ""
     ok: bool | None = None
-
-
-def quantile(values: list[float], share: float) -> float:
-    """The smallest value that is not exceeded by this share of them."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def timing(what: str, values: list[float], target_s: float) -> Row:

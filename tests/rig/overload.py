@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import aiohttp
 
 from tests.cluster.conftest import running_cluster
+from tests.quantile import quantile
 
 PLACES = 8
 """Requests that run on a decode engine at a time."""
@@ -64,13 +65,13 @@ class Seen:
 
     def row(self, name: str, peak: Seen) -> str:
         """For a table in Markdown."""
-        times = sorted(self.refused)
-        refusals = f"{_at(times, 0.5) * 1000:.0f} / {_at(times, 0.99) * 1000:.0f} / {times[-1] * 1000:.0f} ms" if times else "-"
+        times = self.refused
+        refusals = " / ".join(f"{quantile(times, share) * 1000:.0f}" for share in (0.5, 0.99, 1.0)) + " ms" if times else "-"
         slow = sum(took > PROMPT_S for took in times)
         asked_again = f"{min(self.retry_after)} to {max(self.retry_after)} s" if self.retry_after else "-"
         return (
             f"| {name} | {self.offered / self.window_s:.1f}/s | {self.goodput:.1f}/s | {self.goodput / peak.goodput:.3f} "
-            f"| {_at(sorted(self.good), 0.99):.2f} s | {self.late} | {len(times)} | {slow} | {refusals} | {asked_again} "
+            f"| {quantile(self.good, 0.99):.2f} s | {self.late} | {len(times)} | {slow} | {refusals} | {asked_again} "
             f"| {dict(self.others) or 'none'} |"
         )
 
@@ -80,10 +81,6 @@ COLUMNS = (
     *("refused", "after 50 ms", "p50 / p99 / longest", "Retry-After", "anything else"),
 )
 HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
-
-
-def _at(times: Sequence[float], share: float) -> float:
-    return times[min(len(times) - 1, int(share * len(times)))] if times else 0.0
 
 
 class Clients:

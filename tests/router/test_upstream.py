@@ -578,7 +578,7 @@ class Live:
         self.connection = UpstreamConnection(upstream)
         self.connection.connection_made(cast("asyncio.Transport", Wire()))
         handoff = Handoff(paired=False, limits=Limits())
-        promise = Promise(cast("Admission", self.books), Choice(None, engine, "the only one"), None, 1)
+        promise = Promise(cast("Admission", self.books), Choice(None, engine, "the only one"), 0, 1)
         self.attempt = Attempt(self.books, promise, ["rid"], handoff, None, upstream)
         self.reader = Reader()
         self.attempt.send(make(self.attempt, cast("Client", self.reader)), (None, self.connection), (b"", b"request"))

@@ -17,7 +17,7 @@ from disagg.engines.embedded.sampler import SamplingParams
 from disagg.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -30,8 +30,6 @@ MAX_SAMPLES = 1024
 MAX_TOP_LOGPROBS = 64
 REST_OF_CONTEXT = 1 << 30
 """``max_new_tokens`` of a request that names none where SGLang's default is as much as fits."""
-_AS_FITS = {"max_new_tokens": REST_OF_CONTEXT}
-"""What an explicit null means on the native route, where naming nothing means 128."""
 
 _NO_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[^][{}"]+', re.DOTALL)
 
@@ -228,6 +226,12 @@ def _too_deep(raw: bytes) -> bool:
     return brackets != b""
 
 
+def _native_params(raw: Mapping[str, Any]) -> SamplingParams:
+    """Of the native route: there an explicit null of ``max_new_tokens`` is as much as fits, and no word of it is 128."""
+    has_null = "max_new_tokens" in raw and raw["max_new_tokens"] is None
+    return SamplingParams.parse({**raw, "max_new_tokens": REST_OF_CONTEXT} if has_null else raw)
+
+
 def read_generate(body: GenerateBody, tokenizer: Tokenizer, bounds: Bounds) -> Batch:
     """What /generate asks for.
 
@@ -237,7 +241,7 @@ def read_generate(body: GenerateBody, tokenizer: Tokenizer, bounds: Bounds) -> B
     prompts, single = _generate_prompts(body, tokenizer)
     count = len(prompts)
     raw = _spread(body.sampling_params, count, "sampling_params") or [{}] * count
-    params = [SamplingParams.parse(one if one.get("max_new_tokens", 0) is not None else {**one, **_AS_FITS}) for one in raw]
+    params = [_native_params(one) for one in raw]
     if len({one.n for one in params}) > 1:
         raise RequestError("sampling_params.n must be the same for all prompts of a request", param="sampling_params")
     wants = _spread(body.return_logprob, count, "return_logprob")
