@@ -48,7 +48,8 @@ def test_who_got_further_is_no_suspect() -> None:
 
 
 def may_go(ledger: Ledger, fingerprint: int, engines: list[EngineId], now: float, *, patient: bool = True) -> bool:
-    return not ledger.must_wait(fingerprint, now) and not set(engines) & set(ledger.shut(fingerprint, now, patient=patient))
+    shut = ledger.shut(fingerprint, now, patient=patient)
+    return shut is not None and not set(engines) & set(shut)
 
 
 def test_suspects_keep_away_from_each_other_however_impatient() -> None:
@@ -161,11 +162,11 @@ class Walk:
             self.refused.add(request)
             return
         shut = self.ledger.shut(request, self.now, patient=self.patient)
-        open_to = [e for e in self.engines if e not in shut]
-        engine = self.chance.choice(open_to) if open_to else None
-        if engine is None or not may_go(self.ledger, request, [engine], self.now, patient=self.patient):
+        open_to = [e for e in self.engines if shut is not None and e not in shut]
+        if not open_to:
             self.waiting.append(request)
             return
+        engine = self.chance.choice(open_to)
         self.ledger.sent(request, [engine])
         self.running[engine].append(request)
 

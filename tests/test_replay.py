@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 
 from disagg.errors import (
@@ -16,7 +17,8 @@ from disagg.errors import (
     NoCapacityError,
     RequestError,
 )
-from disagg.policy.replay import FLOOR, PER_REQUEST, SHARE, Blame, ReplayBudget, judge
+from disagg.model import ClusterView, EngineAddress, EngineId, EngineState, EngineView, Role
+from disagg.policy.replay import FLOOR, PER_REQUEST, SAME_AGAIN_S, SHARE, Avoided, Blame, ReplayBudget, judge
 
 N, E, P = Blame.NOBODY, Blame.ENGINE, Blame.PAIR
 
@@ -105,3 +107,59 @@ def test_never_over_the_budget_whatever_happens(seed: int) -> None:
             assert replayed < PER_REQUEST
             assert running <= max(FLOOR, int(in_flight * SHARE))
         assert budget.running == running
+
+
+# --- engines that failed a request
+
+
+P0, P1, D0, D1 = engines = tuple(
+    EngineView(EngineAddress(EngineId(name), role, "127.0.0.1", port, pid=1), port - 1, EngineState.READY)
+    for port, (name, role) in enumerate(
+        (("p0", Role.PREFILL), ("p1", Role.PREFILL), ("d0", Role.DECODE), ("d1", Role.DECODE)),
+        start=1,
+    )
+)
+THERE = ClusterView(engines)
+
+
+def ids(*engines: EngineView) -> set[EngineId]:
+    return {engine.id for engine in engines}
+
+
+def options(avoided: Avoided, now: float, *, view: ClusterView = THERE, others_only: bool = False) -> list[set[EngineId]]:
+    return [set(option) for option in avoided.options(view, now, others_only=others_only)]
+
+
+def test_who_failed_a_request_is_asked_again_after_a_while_where_nobody_else_is_left() -> None:
+    avoided = Avoided()
+    assert not avoided
+    assert options(avoided, 0.0)[0] == set()
+    avoided.add([D0], 1.0)
+    assert avoided
+    assert options(avoided, 1.5) == [ids(D0), ids(D0)]
+    assert avoided.next_change(1.5) == 1.0 + SAME_AGAIN_S
+    assert options(avoided, 1.0 + SAME_AGAIN_S) == [ids(D0), set()]
+    assert avoided.next_change(1.0 + SAME_AGAIN_S) is None
+    assert options(avoided, 1.0 + SAME_AGAIN_S, others_only=True) == [ids(D0)], "it would say the same again"
+
+
+def test_either_side_of_a_failed_handoff_may_do_better_with_another_partner_and_others_that_failed_stay_out() -> None:
+    avoided = Avoided()
+    avoided.add([P0, D0], 1.0, pair=(P0, D0))
+    avoided.add([D1], 2.0)
+    assert options(avoided, 2.0, others_only=True) == [ids(P0, D0, D1), ids(D0, D1), ids(P0, D1)]
+
+
+def test_a_pair_of_which_one_is_blamed_is_not_tried_again() -> None:
+    avoided = Avoided()
+    avoided.add([D0], 1.0, pair=(P0, D0))
+    assert options(avoided, 2.0, others_only=True) == [ids(D0), ids(D0), ids(P0)]
+
+
+def test_an_engine_that_was_started_anew_is_another_one() -> None:
+    avoided = Avoided()
+    avoided.add([P0, D0], 1.0, pair=(P0, D0))
+    anew = msgspec.structs.replace(D0, address=msgspec.structs.replace(D0.address, pid=2))
+    view = ClusterView((P0, P1, anew, D1))
+    assert options(avoided, 1.0, view=view) == [ids(P0), set(), ids(P0), ids(P0)]
+    assert options(avoided, 1.0, view=ClusterView()) == [set(), set(), set(), set()]

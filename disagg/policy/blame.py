@@ -163,15 +163,17 @@ class Ledger:
         entry = self._entries.get(fingerprint)
         return 0 if entry is None else entry.past
 
-    def must_wait(self, fingerprint: int, now: float) -> bool:
-        """Whether another copy of this very request is being tried somewhere: what becomes of that says what this one is."""
-        return self.is_suspect(fingerprint, now) and any(fingerprint in running for running in self._tried.values())
+    def shut(self, fingerprint: int, now: float, *, patient: bool = True) -> tuple[EngineId, ...] | None:
+        """The engines that are closed to it: what is not to be chosen. Usually none, and then this costs nothing.
 
-    def shut(self, fingerprint: int, now: float, *, patient: bool = True) -> tuple[EngineId, ...]:
-        """All engines that are closed to it: what is not to be chosen. Usually none, and then this costs nothing."""
+        None: every one, for another copy of this very request is being tried, and what becomes of that says what this one is.
+        """
         if not self._entries:
             return ()
-        places = self._unproved if self.is_suspect(fingerprint, now) else self._tried
+        is_suspect = self.is_suspect(fingerprint, now)
+        if is_suspect and any(fingerprint in running for running in self._tried.values()):
+            return None
+        places = self._unproved if is_suspect else self._tried
         return tuple(engine for engine in places if self._shuts(fingerprint, engine, now, patient=patient))
 
     def _shuts(self, fingerprint: int, engine: EngineId, now: float, *, patient: bool) -> bool:

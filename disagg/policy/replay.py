@@ -1,4 +1,4 @@
-"""Which failures are made good by another attempt, who is blamed for them, and how many attempts may be made again at a time. Pure.
+"""Which failures are made good by another attempt, on which engines, and how many attempts may be made again at a time. Pure.
 
 A request that fails is sent anew where the fault was an engine's, to other engines. What would fail everywhere is not: the request's own
 fault, the client's leaving, its deadline, the router's stop. Every replay is load on engines that have just become fewer, so at most
@@ -8,7 +8,7 @@ max(`FLOOR`, `SHARE` of the requests in flight) run at a time, and one request i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Collection, Container, Iterable
 from enum import StrEnum
 
 import msgspec
@@ -23,10 +23,13 @@ from disagg.errors import (
     NoCapacityError,
     RequestError,
 )
+from disagg.model import ClusterView, EngineAddress, EngineId, EngineView
 
 PER_REQUEST = 2
 FLOOR = 3
 SHARE = 0.2
+SAME_AGAIN_S = 1.0
+"""How long an engine that failed a request is left alone by it where there is no other one."""
 
 
 class Blame(StrEnum):
@@ -78,6 +81,54 @@ _ROWS: tuple[tuple[type[DisaggError], Container[int] | None, bool, Blame, str], 
     (EngineError, None, True, Blame.ENGINE, "the connection failed or brought garbage"),
 )
 """Kind, statuses (None for all), replayed, who is blamed (PAIR as long as two engines are at work), why."""
+
+
+class Avoided:
+    """The engines that failed one request, as they were then: one that was started anew since is another one. False if there are none."""
+
+    __slots__ = ("_engines", "_pairs")
+
+    def __init__(self) -> None:
+        self._engines: dict[EngineId, tuple[EngineAddress, float]] = {}  # and when
+        self._pairs: list[tuple[EngineView, EngineView]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._engines)
+
+    def add(self, engines: Iterable[EngineView], now: float, *, pair: tuple[EngineView, EngineView] | None = None) -> None:
+        """These failed it; `pair`: their handoff did, so that either may be well with another partner."""
+        for engine in engines:
+            self._engines[engine.id] = (engine.address, now)
+        if pair is not None:
+            self._pairs.append(pair)
+
+    def options(self, view: ClusterView, now: float, *, others_only: bool) -> list[Collection[EngineId]]:
+        """Sets of engines that are not to be asked; the first one that leaves somebody who can serve is to be kept to.
+
+        The first has all that failed it. Then one side of the pairs that failed may be asked with another partner: prefill, or else decode.
+        At last only those are left alone that failed it just now.
+
+        Args:
+            view: the engines as they are.
+            now: monotonic seconds.
+            others_only: leaves out the last set: the same engines would do the same again.
+        """
+        there = {e.id: e.address for e in view.engines}
+        same = {e for e, (address, _) in self._engines.items() if there.get(e) == address}
+        options: list[Collection[EngineId]] = [same]
+        if self._pairs:
+            prefills, decodes = ({e.id for e in side if there.get(e.id) == e.address} for side in zip(*self._pairs, strict=True))
+            options += [(same - prefills) | decodes, (same - decodes) | prefills]
+        if not others_only:
+            options.append({e for e in same if now - self._engines[e][1] < SAME_AGAIN_S})
+        return options
+
+    def next_change(self, now: float) -> float | None:
+        """When the last of the `options` is another one, monotonic seconds; None if it stays."""
+        return min((at + SAME_AGAIN_S for _, at in self._engines.values() if at + SAME_AGAIN_S > now), default=None)
+
+    def __repr__(self) -> str:
+        return f"<Avoided engines={len(self._engines)} pairs={len(self._pairs)}>"
 
 
 class ReplayBudget:

@@ -75,8 +75,8 @@ class Wanting(Protocol):
     def deadline_at(self) -> float | None:
         """When its client's patience ends."""
 
-    def shut(self) -> Collection[EngineId]:
-        """Engines that are closed to it at the moment, for fear of what it may do to them."""
+    def shut(self) -> tuple[EngineId, ...] | None:
+        """Engines that are closed to it at the moment, for fear of what it may do to them; None: all are."""
 
     def promised(self, engines: Sequence[EngineId]) -> None:
         """It goes to these engines."""
@@ -296,6 +296,8 @@ class Admission:
         """A promise, if engines have room. Raises UnknownModelError."""
         exclude: Collection[EngineId] = () if closed is None else closed()
         shut = wanting.shut()
+        if shut is None:
+            return None
         if shut:
             exclude = [*exclude, *shut]
         try:

@@ -21,10 +21,10 @@ import msgspec
 import structlog
 
 from disagg.errors import CrashedError, DeadlineError, DisaggError, EngineError, EngineRefusedError, EngineTimeoutError, NoCapacityError
-from disagg.model import Choice, ClusterView, EngineAddress, EngineId, EngineView
+from disagg.model import Choice, ClusterView, EngineId, EngineView
 from disagg.observe.metrics import RouterMetrics
 from disagg.policy.blame import Ledger
-from disagg.policy.replay import PER_REQUEST, Blame, ReplayBudget, judge
+from disagg.policy.replay import PER_REQUEST, Avoided, Blame, ReplayBudget, judge
 from disagg.policy.route import pool_of
 from disagg.router.admission import Admission, Promise
 from disagg.router.attempt import Attempt
@@ -35,8 +35,6 @@ from disagg.router.stream import Stream
 from disagg.router.trial import Trial
 
 ASK_LIMIT_S = 5.0
-SAME_AGAIN_S = 1.0
-"""How long an engine that failed a request is left alone by it where there is no other one."""
 FATE_S = 0.5
 """How long it takes at most until it is known that an engine's process has ended."""
 STALE_FATE_S = 0.15
@@ -250,6 +248,8 @@ class Owner:
         """Finds out whether an engine died under this attempt: then the request is a suspect before it goes to another."""
         trial, stream = run.job.trial, run.stream
         assert trial is not None
+        if stream is not None:
+            stream.journal.fold()
         for engine in attempt.broken if not attempt.moved else ():
             limit_s = 0.0 if engine.id in attempt.lost else STALE_FATE_S if attempt.is_stale else FATE_S  # who is lost was judged already
             if await self._is_dead(engine, limit_s):
@@ -315,7 +315,7 @@ class Owner:
             except (EngineError, msgspec.DecodeError) as error:
                 if last or isinstance(error, EngineRefusedError):
                     raise EngineError(f"the engine {engine.id} did not answer {path}: {error}") from error
-                run.avoid[engine.id] = (engine.address, self._relay.clock())
+                run.avoided.add([engine], self._relay.clock())
         raise AssertionError("unreachable")
 
     # --- waiting for engines
@@ -328,17 +328,18 @@ class Owner:
         """
         trial = run.job.trial
         assert trial is not None
-        if run.avoid or trial.must_wait or trial.shut():
+        if run.avoided or trial.shut() != ():
             await self._until_possible(run)
         if run.wants_budget:
             await self._take_from_budget(run)
             await self._until_possible(run)  # which it was, a moment ago
-        exclude = (lambda: self._exclude(run)) if run.avoid else None
+        exclude = (lambda: self._exclude(run)) if run.avoided else None
         return await self._admission.enter(run.job, exclude, again=run.last_error is not None)
 
     def _exclude(self, run: _Run) -> Collection[EngineId]:
-        """The engines that are not to be asked, as things are now."""
-        options = run.excluded(self._view(), self._relay.clock())
+        """The engines that are not to be asked, as things are now: all of them where nobody is left."""
+        view, now = self._view(), self._relay.clock()
+        options = run.avoided.options(view, now, others_only=run.others_only)
         return next((exclude for exclude in options if self._admission.could_serve(run.job, exclude)), options[0])
 
     async def _until_possible(self, run: _Run) -> None:
@@ -349,19 +350,17 @@ class Owner:
         until = clock() + (SUSPECT_WAIT_S if trial.is_suspect else self._queue_s)
         while True:
             view, now, shut = self._view(), clock(), trial.shut()
-            for exclude in run.excluded(view, now) if not trial.must_wait else ():
-                if self._admission.could_serve(run.job, [*exclude, *shut]):
-                    return
+            options = run.avoided.options(view, now, others_only=run.others_only)
+            if shut is not None and any(self._admission.could_serve(run.job, [*exclude, *shut]) for exclude in options):
+                return
             error = run.last_error
-            if error is not None and (
-                now >= until or (run.others_only and not shut and not trial.must_wait) or not view.may_serve(run.job.request.model)
-            ):
+            if error is not None and (now >= until or (run.others_only and shut == ()) or not view.may_serve(run.job.request.model)):
                 raise error
             if error is None and now >= until:
                 return
             if run.job.deadline_at is not None and now >= run.job.deadline_at:
                 raise DeadlineError("the request's own deadline passed while it waited for engines")
-            await self._change(min(run.until(until, now), run.job.deadline_at or until) - now)
+            await self._change(min(until, run.avoided.next_change(now) or until, run.job.deadline_at or until) - now)
 
     async def _change(self, limit_s: float) -> None:
         waiter: asyncio.Future[None] = self._relay.loop.create_future()
@@ -373,12 +372,11 @@ class Owner:
 
 
 class _Run:
-    """What is known of a request between its attempts.
+    """What is known of a request between its attempts. What most requests never change has its first value here.
 
     Attributes:
-        avoid: the engines that failed it, as they were then, and when; one that was started anew since is another one.
-        pairs: whose handoffs failed: either may be well, with another partner.
-        others_only: the engine's last word was an error of its own, or silence: the same engine would say it again.
+        avoided: the engines that failed it.
+        others_only: the last error was an engine's own word, or silence: the same engines would do the same again.
     """
 
     replays = 0
@@ -391,8 +389,7 @@ class _Run:
     def __init__(self, job: Job, stream: Stream | None) -> None:
         self.job = job
         self.stream = stream
-        self.avoid: dict[EngineId, tuple[EngineAddress, float]] = {}
-        self.pairs: list[tuple[EngineView, EngineView]] = []
+        self.avoided = Avoided()
 
     def may_move(self) -> bool:
         """True when the rest of the answer can be made on other engines."""
@@ -402,30 +399,11 @@ class _Run:
         """An attempt failed: its engines are left alone for a while."""
         self.last_error = attempt.error
         self.others_only = isinstance(attempt.error, EngineRefusedError | EngineTimeoutError)
-        blamed = attempt.blamed_engines()
-        for engine in blamed:
-            self.avoid[engine.id] = (engine.address, now)
-        prefill = attempt.choice.prefill
+        blamed, prefill = attempt.blamed_engines(), attempt.choice.prefill
         if prefill is not None and (not attempt.first_token_at or prefill in blamed):
-            self.pairs.append((prefill, attempt.choice.decode))
-
-    def excluded(self, view: ClusterView, now: float) -> list[list[EngineId]]:
-        """The engines that are not to be asked; the first of these lists that leaves somebody.
-
-        All that failed it; one side of the pairs that failed, so that the other gets another partner; those that failed it just now.
-        """
-        if not self.avoid:
-            return [[]]
-        now_there = {e.id: e.address for e in view.engines}
-        same = [e for e, (address, _) in self.avoid.items() if now_there.get(e) == address]
-        sides = ([p[side] for p in self.pairs] for side in (1, 0)) if self.pairs else ()
-        options = [same, *([e.id for e in side if now_there.get(e.id) == e.address] for side in sides)]
-        return options if self.others_only else [*options, [e for e in same if now - self.avoid[e][1] < SAME_AGAIN_S]]
-
-    def until(self, until: float, now: float) -> float:
-        """When it is worth to look again although nothing was heard."""
-        again = [at + SAME_AGAIN_S for _, at in self.avoid.values() if at + SAME_AGAIN_S > now]
-        return min([until, *again])
+            self.avoided.add(blamed, now, pair=(prefill, attempt.choice.decode))
+        else:
+            self.avoided.add(blamed, now)
 
 
 def _reason(attempt: Attempt) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from disagg.errors import ClientGoneError, EngineError, EngineTimeoutError, NoCapacityError
@@ -137,7 +137,7 @@ class Job:
         self.unified_only = request.samples > 1 and rest is request.rest
         self.answers = (request.prompts or 1) * (request.samples if self.unified_only else 1)
 
-    def shut(self) -> Collection[EngineId]:
+    def shut(self) -> tuple[EngineId, ...] | None:
         """Engines that are closed to it at the moment."""
         return () if self.trial is None else self.trial.shut()
 

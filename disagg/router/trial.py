@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 from disagg.errors import CrashedError
 from disagg.model import EngineId, EngineView
@@ -56,18 +56,17 @@ class Trial:
         """It looks for engines from now on."""
         self._began_at = self._clock()
 
-    def shut(self) -> Collection[EngineId]:
-        """Engines that are closed to it at the moment. Raises CrashedError: all of them, for what a copy of it did meanwhile."""
+    def shut(self) -> tuple[EngineId, ...] | None:
+        """Engines that are closed to it at the moment; None: all, until it is known what becomes of a copy of it.
+
+        Raises:
+            CrashedError: all for good, for what a copy of it did meanwhile.
+        """
         if self._ledger.is_calm:
             return ()
         self.check()
         now = self._clock()
         return self._ledger.shut(self.fingerprint, now, patient=now - self._began_at < PATIENCE_S)
-
-    @property
-    def must_wait(self) -> bool:
-        """Another copy of it is being tried."""
-        return not self._ledger.is_calm and self._ledger.must_wait(self.fingerprint, self._clock())
 
     def sent(self, engines: Sequence[EngineId]) -> None:
         """It goes to these engines."""

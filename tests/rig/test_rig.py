@@ -10,10 +10,11 @@ import sys
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
+from disagg.cluster import canary
 from tests.rig.bench import pick_cores
 from tests.rig.binary import build
 from tests.rig.processes import BOOTSTRAP_PORT, Counters, Fakes, Load, Measured, Rig, get
@@ -239,6 +240,27 @@ async def test_an_honest_router_passes(rig: Rig, fakes: Fakes) -> None:
         assert counters.answers == 2 * counters.pairs
         fakes.__exit__()
         fakes.__init__(rig)  # type: ignore[misc]  # rooms start at 1 again
+
+
+class Probes(Honest):
+    """Asks one engine something of its own before each request, as a router does that looks whether answers are right."""
+
+    question: ClassVar[Body] = json.loads(canary.request("is this right?", "salt"))
+
+    def legs(self, body: Body) -> tuple[Body, Body]:
+        self.probing = asyncio.ensure_future(self.exchange(self.decode, "/generate", self.question))  # noqa: TID251
+        return super().legs(body)
+
+    async def relay(self, answer: bytes) -> bytes:
+        assert b"400" in await self.probing
+        return answer
+
+
+async def test_a_routers_own_requests_are_no_lies(rig: Rig, fakes: Fakes) -> None:
+    measured, counters, complaints = await through(Probes(fakes.prefill, fakes.decode), WHOLE, rig, fakes)
+    assert not complaints
+    assert measured.requests > 0
+    assert counters.answers == 2 * counters.pairs
 
 
 async def test_a_slow_router_is_seen_to_be_slow(rig: Rig, fakes: Fakes) -> None:

@@ -160,6 +160,24 @@ def test_samples_on_the_native_route(sampling: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("sampling", "limit"),
+    [
+        (None, 128),
+        ({}, 128),
+        ([], 128),
+        ({"max_new_tokens": 7}, 7),
+        ({"max_new_tokens": None}, None),
+        ([{"max_new_tokens": 7}, {"max_new_tokens": 200}], 200),
+        ([{"max_new_tokens": 7}, {}], 128),
+        ([{"max_new_tokens": 7}, {"max_new_tokens": None}], None),
+    ],
+)
+def test_how_long_an_answer_may_become_on_the_native_route(sampling: Any, limit: int | None) -> None:
+    """The longest of all prompts; null is as much as the context holds."""
+    assert parse(GENERATE, {"text": "a", "sampling_params": sampling}).max_tokens == limit
+
+
+@pytest.mark.parametrize(
     ("value", "merge"), [(True, True), (False, False), (None, False), ([False, True], True), ([False], False), ([], False)]
 )
 def test_logprobs_are_merged_where_they_were_asked_for(value: Any, merge: bool) -> None:

@@ -9,9 +9,12 @@ import pytest
 
 from disagg.model import Role
 from disagg.policy.blame import Ledger
+from disagg.router.openai import Route, parse_event
 from tests.fake_engine import Call, FakeEngine, answer_well, until
 from tests.router.conftest import CHAT, Rig, running_rig
+from tests.router.test_go_on import asked, staged
 from tests.router.test_lost import nothing_left
+from tests.router.test_seam import body_of
 
 INNOCENTS = 40
 POISON = {**CHAT, "messages": [{"role": "user", "content": "the marker that kills"}]}
@@ -90,6 +93,27 @@ async def test_a_copy_of_a_suspect_waits_for_what_becomes_of_it() -> None:
         assert [(code, answer["error"]["code"]) for code, answer in answers] == [(500, "request_crashed_engine")] * 4
         assert (ward.deaths, ward.tried) == (2, 2)
         await nothing_left(rig)
+
+
+@pytest.mark.parametrize("with_ids", [True, False])
+async def test_copies_of_a_stream_that_kills_in_the_middle_all_end_with_the_same_error(with_ids: bool) -> None:
+    """After the first deaths one of them is tried, and the other waits for what becomes of that; ids may have to be asked for."""
+    async with staged(Role.PREFILL, *[Role.DECODE] * 5, with_ids=with_ids, probe_interval_s=0.1) as stage:
+        ward = Ward(stage.rig)
+
+        async def kill(call: Call) -> None:
+            await ward.kill(call.engine)
+
+        stage.step_s = 0.02
+        stage.breaks = [(5, kill), (5, kill), *[(1, kill)] * 9]
+        for engine in stage.rig.engines:
+            engine.behave = answer_well if engine.role is Role.PREFILL else stage.speak
+        body = body_of(Route.CHAT)
+        told = await asyncio.gather(*(asked(stage, Route.CHAT, body) for _ in range(2)))
+        codes = [(parse_event(events[-1]) or {})["error"]["code"] for events, _ in told]
+        assert codes == ["request_crashed_engine"] * 2
+        assert ward.deaths == 3, "the first two died at the same time"
+        await nothing_left(stage.rig)
 
 
 async def test_without_the_ledger_it_kills_as_many_as_it_may_be_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
