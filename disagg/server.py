@@ -239,6 +239,7 @@ async def router_running(
             loop=loop,
             clock=clock,
         )
+        metrics.waiting = lambda: admission.waiting
         relay = Relay(
             view=lambda: controller.view,
             limits=_limits(config),

@@ -17,6 +17,7 @@ from disagg.wire.messages import KvDelta, KvSnapshot
 NAMES = {
     "disagg_requests": ("counter", {"route", "outcome"}),
     "disagg_inflight": ("gauge", set()),
+    "disagg_waiting": ("gauge", set()),
     "disagg_ttft_seconds": ("histogram", set()),
     "disagg_itl_seconds": ("histogram", set()),
     "disagg_handoffs": ("counter", {"outcome"}),

@@ -265,6 +265,14 @@ def test_a_wait_longer_than_the_clients_patience_is_not_begun() -> None:
     assert room.offer("a", 10, patience_s=5.0)[1] == []
 
 
+def test_who_would_hardly_be_served_in_time_is_sent_away_at_once() -> None:
+    """Estimates err, and nobody should wait in vain."""
+    room = Room(timeout_s=5.0)
+    room.steady()
+    room.fill("a", 10)
+    assert 3.5 < (room.queue.estimated_wait_s("a") or 0.0) < 4.5
+
+
 def test_a_lone_user_is_let_into_a_full_queue_and_the_flood_makes_way() -> None:
     room = Room(timeout_s=5.0)
     room.steady()

@@ -150,6 +150,7 @@ class Admission:
     Attributes:
         in_flight: legs by engine.
         ledger: tokens by engine.
+        waiting: how many requests wait.
     """
 
     def __init__(
@@ -177,7 +178,7 @@ class Admission:
         self._only_model = ""
         self._loads: dict[int, EngineLoad] = {}
         self._pids: dict[int, int] = {}
-        self._waiting = 0
+        self.waiting = 0
         self._told = 0
         self._is_due = False
 
@@ -227,7 +228,7 @@ class Admission:
         waiter = _Waiter(wanting, exclude, self._loop.create_future())
         entry = self._entry(wanting, waiter, self._price(wanting, wanting.model, self._longest_context(wanting))[1], again=again)
         self._send_away(queue.offer(entry, now=self._clock(), jitter=self._chance()))
-        self._waiting += 1
+        self.waiting += 1
         try:
             self._pump(queue)
             return await waiter.place
@@ -236,7 +237,7 @@ class Admission:
                 waiter.place.result().end_all()  # it was let in, and left in the same moment
             raise
         finally:
-            self._waiting -= 1
+            self.waiting -= 1
             if entry.place is Place.WAITING:
                 queue.leave(entry, now=self._clock(), served=False)
 
@@ -381,7 +382,7 @@ class Admission:
         """A leg ended."""
         self.in_flight.end(slot)
         self.ledger.release(slot, tokens)
-        if self._waiting:
+        if self.waiting:
             self.look_soon()
 
     def over(self, promise: Promise) -> None:
@@ -411,7 +412,7 @@ class Admission:
 
     def look_soon(self) -> None:
         """Those who wait are looked at in the loop's next round."""
-        if self._waiting and not self._is_due:
+        if self.waiting and not self._is_due:
             self._is_due = True
             self._loop.call_soon(self._look)
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import TCPConnector
 
 from disagg.handoff import Limits
 from disagg.model import ClusterView, EngineAddress, EngineFacts, EngineId, EngineLoad, EngineState, EngineView, Role
@@ -11,6 +16,8 @@ from disagg.policy.pace import Pace
 from disagg.router.admission import Admission, Exclude, Promise
 from disagg.router.openai import Route, parse_request
 from disagg.router.relay import Job, Record
+from tests.fake_engine import Call, answer_well, until
+from tests.router.conftest import CHAT, Rig, running_rig
 
 CONTEXT = 2048
 PLACES = 2
@@ -94,6 +101,20 @@ async def test_a_body_that_no_engine_takes_sends_nobody_away() -> None:
     await gone(*small, big)
 
 
+async def test_some_more_clients_than_places_wait_and_none_is_sent_away() -> None:
+    """Each asks again as soon as it is answered: the queue never empties, and that is no overload."""
+    door = Door()
+    running = [await door.enter(f"client{place} at first") for place in range(PLACES)]
+    waiting = [door.spawn(f"client{PLACES + place} at first") for place in range(PLACES)]
+    for number in range(30):
+        await settled()
+        door.now += 0.8
+        answered(running.pop(0))
+        running.append(await waiting.pop(0))
+        waiting.append(door.spawn(f"client{number % (2 * PLACES)} again"))
+    await gone(*waiting)
+
+
 async def test_who_names_the_model_stands_in_one_queue_with_who_does_not() -> None:
     door = Door()
     promises = await door.full()
@@ -134,3 +155,44 @@ async def test_who_is_not_to_be_asked_is_looked_up_each_time() -> None:
     await settled()
     assert door.order == ["again"]
     await gone(waiting)
+
+
+# --- whose request it is, over real sockets
+
+
+@pytest.mark.parametrize("by", ["address", "key"])
+async def test_a_lone_client_passes_another_ones_flood(by: str) -> None:
+    """Clients are told apart by their API key, and where they send none by their address."""
+    async with running_rig(Role.UNIFIED) as rig, aiohttp.ClientSession(connector=TCPConnector(limit=0)) as many:
+        other = TCPConnector(local_addr=("127.0.0.2", 0)) if by == "address" else TCPConnector()
+        keys = ({}, {}) if by == "address" else ({"Authorization": "Bearer a"}, {"Authorization": "Bearer b"})
+        may_end = asyncio.Semaphore(0)
+        reached: list[bytes] = []
+
+        async def behave(call: Call) -> None:
+            reached.append(b"lone" if b"lone" in call.raw else b"flood")
+            await may_end.acquire()
+            await answer_well(call)
+
+        rig.engines[0].behave = behave
+
+        async def ask(session: aiohttp.ClientSession, word: str, headers: dict[str, str]) -> int:
+            text = word + " x" * 8_000  # a few of them fill the engine's KV cache
+            body = {**CHAT, "messages": [{"role": "user", "content": text}]}
+            async with session.post(f"{rig.url}/v1/chat/completions", json=body, headers=headers) as response:
+                return response.status
+
+        async with aiohttp.ClientSession(connector=other) as lone, asyncio.TaskGroup() as group:
+            flood = [group.create_task(ask(many, "flood", keys[0])) for _ in range(20)]
+            await until(lambda: count(rig, "disagg_waiting") + len(reached) == 20)
+            one = group.create_task(ask(lone, "lone", keys[1]))
+            await until(lambda: count(rig, "disagg_waiting") + len(reached) == 21)
+            for _ in range(21):
+                may_end.release()
+        assert reached.index(b"lone") < 10, "it came last"
+        assert [t.result() for t in (*flood, one)] == [200] * 21
+
+
+def count(rig: Rig, name: str) -> int:
+    found = re.search(rf"^{name} (\d+)", rig.metrics(), re.MULTILINE)
+    return int(found[1]) if found else 0
