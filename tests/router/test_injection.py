@@ -14,6 +14,7 @@ from disagg.errors import EngineError, EngineRefusedError, RequestError, Unknown
 from disagg.router.merge import StreamMerge
 from disagg.router.openai import Route, encode_event, error_body, error_event, models_body, parse_event, parse_request
 from tests.fake_engine import Call, answer_well, chat_chunk
+from tests.fuzz import TIMES
 from tests.router.conftest import CHAT, Rig
 from tests.router.raw import answers, exchange, post
 
@@ -60,7 +61,7 @@ def read(stream: bytes) -> list[Any]:
 
 
 @given(evil)
-@settings(deadline=None, max_examples=2000)
+@settings(deadline=None, max_examples=2000 * TIMES)
 def test_what_the_router_writes_is_one_event_that_says_what_was_meant(text: str) -> None:
     value = {"model": text, "id": text, "choices": [{"index": 0, "delta": {"content": text}}], text: text}
     assert read(encode_event(value)) == [value]
@@ -77,7 +78,7 @@ def test_what_the_router_writes_is_one_event_that_says_what_was_meant(text: str)
 
 
 @given(evil, evil)
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=500 * TIMES)
 def test_merged_streams_say_what_the_engines_said(text: str, name: str) -> None:
     request = parse_request(Route.CHAT, b'{"messages":[],"n":2}')
     merge = StreamMerge(request)

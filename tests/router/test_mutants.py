@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from disagg.errors import RequestError
 from disagg.model import Role
 from disagg.router.openai import MAX_DEPTH, MAX_NESTED, MAX_PROMPTS, ClientRequest, Route, key_prefix, parse_request
+from tests.fuzz import TIMES
 from tests.router.conftest import running_rig
 
-MUTANTS = 20_000
+MUTANTS = 20_000 * TIMES
 SAMPLE = 300
 
 SEEDS: dict[Route, tuple[bytes, ...]] = {
