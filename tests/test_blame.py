@@ -7,7 +7,7 @@ import random
 import pytest
 
 from disagg.model import EngineId
-from disagg.policy.blame import MARGIN, STRIKE_KEPT_S, Ledger
+from disagg.policy.blame import MARGIN, STRIKE_KEPT_S, WELL_S, WELL_TOKENS, Ledger
 
 A, B, C = EngineId("a"), EngineId("b"), EngineId("c")
 POISON, GOOD, OTHER = 1, 2, 3
@@ -127,19 +127,81 @@ def test_what_is_remembered_is_bounded() -> None:
     assert "suspects=100" in repr(ledger)
 
 
+def test_mild_suspects_share_an_engine_and_their_number_doubles() -> None:
+    ledger, left = Ledger(), set(range(100))
+    ledger.died(A, dict.fromkeys(left, WELL_TOKENS), 0.0)
+    rounds = 0
+    while left:
+        rounds += 1
+        together = []
+        for fingerprint in sorted(left):
+            if may_go(ledger, fingerprint, [B], 1.0):
+                ledger.sent(fingerprint, [B])
+                together.append(fingerprint)
+                ledger.check()
+        assert len(together) <= 2 ** (rounds - 1)
+        for fingerprint in together:
+            ledger.proved(fingerprint, [B])
+        left -= set(together)
+    assert rounds == 7
+    assert ledger.is_calm
+    ledger.died(B, {POISON: 50, GOOD: 50}, 2.0)
+    ledger.sent(POISON, [C])
+    assert not may_go(ledger, GOOD, [C], 3.0), "after another death it is one at first again"
+
+
+@pytest.mark.parametrize(("tokens", "ran_s"), [(WELL_TOKENS - 1, 1.0), (0, WELL_S - 0.1)])
+def test_who_died_soon_shares_with_nobody(tokens: int, ran_s: float) -> None:
+    ledger = Ledger()
+    ledger.died(A, {POISON: tokens}, 10.0, sent_at=10.0 - ran_s)
+    ledger.died(A, {GOOD: 50, OTHER: 50}, 10.0, sent_at=1.0)
+    ledger.sent(OTHER, [C])
+    ledger.proved(OTHER, [C])
+    ledger.sent(GOOD, [B])
+    assert not may_go(ledger, POISON, [B], 11.0)
+    assert may_go(ledger, POISON, [C], 11.0)
+
+
+def test_who_was_in_company_when_it_died_again_is_tried_alone() -> None:
+    ledger = Ledger()
+    ledger.died(A, {POISON: 50, GOOD: 50, OTHER: 50}, 0.0)
+    ledger.sent(OTHER, [B])
+    ledger.proved(OTHER, [B])
+    for fingerprint in (POISON, GOOD):
+        assert may_go(ledger, fingerprint, [B], 1.0)
+        ledger.sent(fingerprint, [B])
+    for fingerprint in (POISON, GOOD):  # each owner tells of itself
+        assert ledger.died(B, {fingerprint: 52}, 2.0, sent_at=1.0) == []
+        ledger.ended(fingerprint, [B])
+        ledger.check()
+    ledger.died(A, {4: 50}, 2.0)
+    ledger.sent(4, [C])
+    ledger.proved(4, [C])
+    ledger.sent(GOOD, [C])
+    assert not may_go(ledger, POISON, [C], 3.0)
+    ledger.proved(GOOD, [C])
+    ledger.sent(POISON, [C])
+    assert ledger.died(C, {POISON: 52}, 4.0, sent_at=3.0) == [POISON]
+    ledger.check()
+
+
 class Walk:
     """A cluster in which some requests kill the engine that reads them, driven as the router would.
 
     Args:
         ledger: the defence.
         patient: callers wait until suspects and newcomers do not meet.
+        tokens: that each had given when its engine died.
     """
 
-    def __init__(self, ledger: Ledger, chance: random.Random, *, engines: int, poison: set[int], patient: bool = True) -> None:
+    def __init__(
+        self, ledger: Ledger, chance: random.Random, *, engines: int, poison: set[int], patient: bool = True, tokens: int = 0
+    ) -> None:
         self.ledger = ledger
         self.chance = chance
         self.poison = poison
         self.patient = patient
+        self.tokens = tokens
         self.engines = [EngineId(f"e{i}") for i in range(engines)]
         self.running: dict[EngineId, list[int]] = {e: [] for e in self.engines}
         self.waiting: list[int] = []
@@ -180,7 +242,8 @@ class Walk:
             return
         self.deaths[request] += 1
         lost, self.running[engine] = self.running[engine], []
-        self.ledger.died(engine, dict.fromkeys(lost, 0), self.now)
+        for each in lost:  # its owner tells of it
+            self.ledger.died(engine, {each: self.tokens}, self.now)
         for each in lost:
             self.ledger.ended(each, [engine])
         self.waiting += lost
@@ -209,6 +272,19 @@ def test_poison_kills_two_engines_at_most_and_no_innocent_is_lost(seed: int) -> 
     walk = Walk(Ledger(), chance, engines=chance.randrange(2, 5), poison=poison)
     walk.run(arrivals)
     assert all(0 < deaths <= 2 for deaths in walk.deaths.values()), walk.deaths
+    assert walk.answered == set(innocents())
+    assert walk.refused == poison
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_poison_that_acts_late_kills_three_engines_at_most_and_no_innocent_is_lost(seed: int) -> None:
+    chance = random.Random(seed)
+    poison = set(range(chance.randrange(1, 6)))
+    arrivals = [*innocents(), *poison, *poison]
+    chance.shuffle(arrivals)
+    walk = Walk(Ledger(), chance, engines=chance.randrange(2, 5), poison=poison, tokens=50)
+    walk.run(arrivals)
+    assert all(0 < deaths <= 3 for deaths in walk.deaths.values()), walk.deaths
     assert walk.answered == set(innocents())
     assert walk.refused == poison
 

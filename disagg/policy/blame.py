@@ -7,6 +7,11 @@ sequence: of copies of a request that were under way together none is struck for
 condemn nobody. A suspect that got further than where it was when its engine died, or ended, is *proved*: it was innocent, and has no
 strike any more. So it is after `STRIKE_KEPT_S`, blocked or not.
 
+Most deaths are nobody's fault, and where hundreds of streams lost their engine, one after the other would take minutes. So who had run
+well for a while when its engine died is a *mild* suspect: mild ones share an engine, one at first and one more for each suspect that was
+proved since the last death, so that their number doubles from round to round. A mild one that was in company when its engine died gets no
+second strike for it, but is tried alone from then on. So poison that acts soon costs two engines, and poison that acts late three at most.
+
 A request that is new may be poison as well. So that a suspect is not condemned for what a newcomer did, the two keep away from each other
 while a patient caller waits for that (`patient`); an impatient one keeps suspects from one another only, which is never given up.
 
@@ -27,6 +32,9 @@ STRIKES = 2
 STRIKE_KEPT_S = 600.0
 """The same for all strikes, so that the oldest entries are the first to go."""
 KEPT = 10_000
+WELL_TOKENS = 16
+WELL_S = 5.0
+"""Who had given so many tokens, or had run for so long, had run well."""
 MARGIN = 3
 """Tokens that an engine may have made without the router having seen them when it died."""
 HISTORY_LIMIT = 64
@@ -35,12 +43,13 @@ HISTORY_LIMIT = 64
 class _Entry:
     """What a fingerprint did."""
 
-    __slots__ = ("past", "strikes", "struck_at")
+    __slots__ = ("is_mild", "past", "strikes", "struck_at")
 
     def __init__(self) -> None:
         self.strikes = 0
         self.struck_at = 0.0
         self.past = 0
+        self.is_mild = False
 
     def is_over(self, now: float) -> bool:
         return now - self.struck_at >= STRIKE_KEPT_S
@@ -63,6 +72,8 @@ class Ledger:
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
         self._unproved: dict[EngineId, dict[int, int]] = {}
         self._tried: dict[EngineId, set[int]] = {}  # of these, the suspects: newcomers look at this only, and it is usually empty
+        self._company: set[tuple[EngineId, int]] = set()  # where suspects were tried beside others
+        self._proved = 0  # suspects, since the last death
         self.history: list[tuple[float, str]] = []
 
     @property
@@ -80,7 +91,10 @@ class Ledger:
                 running = self._unproved[engine] = {}
             running[fingerprint] = running.get(fingerprint, 0) + 1
             if fingerprint in self._entries:
-                self._tried.setdefault(engine, set()).add(fingerprint)
+                tried = self._tried.setdefault(engine, set())
+                tried.add(fingerprint)
+                if len(tried) > 1:
+                    self._company |= {(engine, each) for each in tried}
 
     def ended(self, fingerprint: int, engines: Iterable[EngineId]) -> None:
         """It runs there no longer, and that proves nothing: it was aborted, or failed."""
@@ -91,6 +105,7 @@ class Ledger:
                 running[fingerprint] = left
                 continue
             del running[fingerprint]
+            self._company.discard((engine, fingerprint))
             if engine in self._tried:
                 self._tried[engine].discard(fingerprint)
                 if not self._tried[engine]:
@@ -102,6 +117,7 @@ class Ledger:
         entry = self._entries.get(fingerprint)
         if entry is not None and entry.strikes < self._limit:
             del self._entries[fingerprint]
+            self._proved += 1
 
     def died(self, engine: EngineId, in_flight: Mapping[int, int], now: float, *, sent_at: float = inf) -> list[int]:
         """A process died.
@@ -118,7 +134,7 @@ class Ledger:
             The fingerprints that are blocked by that.
         """
         suspects = sum(self.is_suspect(fingerprint, now) for fingerprint in in_flight)
-        blocked = [fingerprint for fingerprint, tokens in in_flight.items() if self._strike(fingerprint, tokens, now, sent_at)]
+        blocked = [fingerprint for fingerprint, tokens in in_flight.items() if self._strike(engine, fingerprint, tokens, now, sent_at)]
         for place, running in self._unproved.items():
             if copies := in_flight.keys() & running.keys():
                 self._tried.setdefault(place, set()).update(copies)
@@ -127,13 +143,17 @@ class Ledger:
         del self.history[:-HISTORY_LIMIT]
         return blocked
 
-    def _strike(self, fingerprint: int, tokens: int, now: float, sent_at: float) -> bool:
+    def _strike(self, engine: EngineId, fingerprint: int, tokens: int, now: float, sent_at: float) -> bool:
         entry = self._entries.get(fingerprint)
         if entry is None or entry.is_over(now):
             entry = self._entries[fingerprint] = _Entry()
         if not entry.strikes or sent_at >= entry.struck_at:
-            entry.strikes += 1
+            is_first, had_company = not entry.strikes, (engine, fingerprint) in self._company
+            if is_first or not had_company:
+                entry.strikes += 1
+            entry.is_mild = is_first and (tokens >= WELL_TOKENS or now - sent_at >= WELL_S)
             entry.struck_at = now
+            self._proved = 0
             entry.past = tokens + MARGIN if tokens else 0
             self._entries.move_to_end(fingerprint)
             if len(self._entries) > self._kept:
@@ -177,10 +197,16 @@ class Ledger:
         return tuple(engine for engine in places if self._shuts(fingerprint, engine, now, patient=patient))
 
     def _shuts(self, fingerprint: int, engine: EngineId, now: float, *, patient: bool) -> bool:
-        tried = any(other != fingerprint for other in self._tried.get(engine, ()))
-        if patient and not tried and self.is_suspect(fingerprint, now):
-            return any(other != fingerprint for other in self._unproved.get(engine, ()))
-        return tried and (patient or self.is_suspect(fingerprint, now))
+        tried = self._tried.get(engine, set()) - {fingerprint}
+        if not self.is_suspect(fingerprint, now):
+            return patient and bool(tried)
+        if tried:
+            return len(tried) > self._proved or not all(self._is_mild(each) for each in (fingerprint, *tried))
+        return patient and any(other != fingerprint for other in self._unproved.get(engine, ()))
+
+    def _is_mild(self, fingerprint: int) -> bool:
+        entry = self._entries.get(fingerprint)
+        return entry is None or entry.is_mild  # None: another copy of it was proved
 
     def _strikes(self, fingerprint: int, now: float) -> int:
         entry = self._entries.get(fingerprint)
@@ -192,6 +218,7 @@ class Ledger:
         assert all(0 < entry.strikes <= self._limit for entry in self._entries.values())
         assert all(all(count > 0 for count in running.values()) for running in self._unproved.values())
         assert all(tried and tried <= self._unproved[engine].keys() for engine, tried in self._tried.items())
+        assert all(fingerprint in self._tried.get(engine, ()) for engine, fingerprint in self._company)
 
     def __repr__(self) -> str:
         blocked = sum(entry.strikes >= self._limit for entry in self._entries.values())

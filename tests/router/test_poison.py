@@ -12,7 +12,7 @@ from disagg.policy.blame import Ledger
 from disagg.router.openai import Route, parse_event
 from tests.fake_engine import Call, FakeEngine, answer_well, until
 from tests.router.conftest import CHAT, Rig, running_rig
-from tests.router.test_go_on import asked, staged
+from tests.router.test_go_on import asked, assert_whole, staged
 from tests.router.test_lost import nothing_left
 from tests.router.test_seam import body_of
 
@@ -135,3 +135,43 @@ async def test_who_was_there_when_an_engine_was_killed_is_no_poison() -> None:
         assert [code for code, _ in answers] == [200] * 6
         killing.cancel()
         await nothing_left(rig)
+
+
+async def test_streams_that_ran_well_are_tried_together_where_the_first_was_innocent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other would be a long pause where many lost their engine: it is one, then two at a time, then four."""
+    monkeypatch.setattr("disagg.policy.pace.FLOOR_S", 60.0)  # nobody gives the silent ones up meanwhile
+    async with staged(Role.PREFILL, Role.DECODE, Role.DECODE, probe_interval_s=0.1) as stage:
+        ward = Ward(stage.rig)
+        dying, other = stage.rig.engines[1:]
+        ends = {engine.address.id: asyncio.Event() for engine in (dying, other)}
+        may_go_on = asyncio.Event()
+        again: list[Call] = []
+
+        async def speak(call: Call) -> None:
+            for i, event in enumerate(stage.function.events(Route.CHAT, call.json)):
+                if i == 20:
+                    await ends[call.engine.address.id].wait()
+                    if call.engine is dying:
+                        await ward.kill(dying)
+                await call.write(event)
+            await call.end()
+
+        async def go_on(call: Call) -> None:
+            again.append(call)
+            if len(again) > 1:
+                await may_go_on.wait()
+            await stage.speak(call)
+
+        stage.rig.prefill.behave, dying.behave, other.behave = answer_well, speak, speak
+        bodies = [{**body_of(Route.CHAT, limit=40), "user": str(i)} for i in range(8)]
+        asking = [asyncio.ensure_future(asked(stage, Route.CHAT, body)) for body in bodies]  # noqa: TID251
+        await until(lambda: [len(e.live) for e in (dying, other)] == [4, 4])
+        ends[other.address.id].set()
+        await until(lambda: sum(a.done() for a in asking) == 4)
+        other.behave = go_on
+        ends[dying.address.id].set()
+        await until(lambda: len(again) == 3 and len(other.live) == 2)
+        may_go_on.set()
+        for body, (events, _) in zip(bodies, await asyncio.gather(*asking), strict=True):
+            assert_whole(Route.CHAT, events, stage, body)
+        await nothing_left(stage.rig)
