@@ -2,8 +2,8 @@
 
 ./scripts/simulate --seeds 1..300 --minutes 2      many seeds
 ./scripts/simulate --seed 42 --minutes 2 --trace   one of them again, everything that happened on standard output
-./scripts/simulate --seed 1 --story cuts:10000     streams that are cut, at each token index in turn
-./scripts/simulate --seed 1 --story leavings:10000 clients that leave
+./scripts/simulate --story cuts:10000              streams that are cut, at each token index in turn
+./scripts/simulate --story leavings:10000          clients that leave
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> int:
 
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/simulate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=span, default=range(1, 21), metavar="A..B")
+    parser.add_argument("--seeds", type=span, metavar="A..B", help="1..20 if not given, 1 for a story")
     parser.add_argument("--seed", type=int, help="this one only")
     parser.add_argument("--minutes", type=float, default=2.0, help="how long clients ask, simulated")
     parser.add_argument("--rate", type=float, default=1.0, help="requests per simulated second")
@@ -44,6 +44,7 @@ def read_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.trace and options.seed is None:
         parser.error("--trace wants --seed N")
+    options.seeds = options.seeds or (range(1, 2) if options.story else range(1, 21))
     known = {kind.name for kind in KINDS} | {"none"}
     if strange := [name for name in options.faults.split(",") if name and name not in known]:
         parser.error(f"there is no fault {strange[0]!r}; there is {kinds}")
@@ -57,7 +58,16 @@ def span(text: str) -> range:
 
 def story(text: str) -> Script:
     name, _, count = text.partition(":")
-    return (scenarios.cuts if name == "cuts" else scenarios.leavings)(int(count or 1000))
+    if name not in {"cuts", "leavings"} or not (count or "1").isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no story: give cuts:COUNT or leavings:COUNT")
+    wanted = int(count or 1000)
+
+    def told(number: int) -> None:
+        if number % max(1, wanted // 100) == 0:
+            sys.stderr.write(f"\r{number}/{wanted} {name} ")
+            sys.stderr.flush()
+
+    return (scenarios.cuts if name == "cuts" else scenarios.leavings)(wanted, told=told)
 
 
 def plan_of(seed: int, options: argparse.Namespace) -> Plan:

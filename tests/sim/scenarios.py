@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 
 from disagg.model import HostState
 from tests.sim.client import ROUTES, Ask
@@ -13,12 +14,17 @@ from tests.sim.world import Script, World
 LENGTH = 24
 
 
-def cuts(count: int, *, gap_s: float = 0.5) -> Script:
+def nobody(_: int) -> None:
+    """Is told how far a story is."""
+
+
+def cuts(count: int, *, gap_s: float = 0.5, told: Callable[[int], None] = nobody) -> Script:
     """Cuts one stream after the other, at each token index in turn; what became of them is in the world's requests.
 
     Args:
         count: how many.
         gap_s: simulated seconds between two.
+        told: how many there were.
     """
 
     async def tell(world: World) -> None:
@@ -30,16 +36,18 @@ def cuts(count: int, *, gap_s: float = 0.5) -> Script:
             prompt = tuple(chance.randrange(50_000) for _ in range(chance.randrange(1, 40)))
             await world.ask(Ask(number, ROUTES[number % len(ROUTES)], prompt, LENGTH + 1, stream=True))
             await asyncio.sleep(gap_s)
+            told(number + 1)
 
     return tell
 
 
-def leavings(count: int, *, tokens: int = 0, within_s: float = 1.0) -> Script:
+def leavings(count: int, *, tokens: int = 0, within_s: float = 1.0, told: Callable[[int], None] = nobody) -> Script:
     """Clients that leave at random points of their request's life, several at a time.
 
     Args:
         tokens: of each prompt; 0 for random ones.
         within_s: simulated seconds after which all have left.
+        told: how many there were.
     """
 
     async def tell(world: World) -> None:
@@ -51,6 +59,7 @@ def leavings(count: int, *, tokens: int = 0, within_s: float = 1.0) -> Script:
                 leaves_s = within_s * chance.random() ** 3 + 1e-6  # most of them early: there the states change
                 stream = chance.random() < 0.5
                 await world.ask(Ask(number, chance.choice(ROUTES), prompt, LENGTH, stream=stream, leaves_s=leaves_s))
+                told(number + 1)
 
         async with asyncio.TaskGroup() as group:
             for first in range(8):
