@@ -134,7 +134,8 @@ class WholeLeg(DecodeLeg):
         if not is_json(self.body):
             self.fail(EngineError(f"the engine {attempt.choice.decode.id} sent an answer that is not JSON"))
             return
-        attempt.first_token(attempt.owner.clock())
+        if not attempt.finished:
+            attempt.first_token(attempt.owner.clock())
         attempt.decode_ended(DecodeFinished())
 
 
@@ -160,8 +161,10 @@ class EventLeg(DecodeLeg):
         self._saw_done = False
 
     def answer(self, data: bytes) -> None:
-        """A part of the body, cut anywhere."""
+        """A part of the body, cut anywhere. What comes after the attempt's end the client never hears, so the journal must not, either."""
         attempt = self.attempt
+        if attempt.finished:
+            return
         now = attempt.last_read_at = attempt.owner.clock()
         *events, self._partial = (self._partial + data).split(b"\n\n")
         if len(self._partial) > _PARTIAL_LIMIT:

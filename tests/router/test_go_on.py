@@ -252,6 +252,79 @@ async def test_a_break_after_done_is_the_end() -> None:
         await nothing_left(stage.rig)
 
 
+# --- engines that speak on for a moment after they were told to stop
+
+
+@pytest.mark.parametrize("route", ROUTES)
+async def test_what_a_continuation_says_after_its_end_was_never_said(route: Route) -> None:
+    """Its prefill engine dies as soon as its KV was handed over; decode's step that was under way then still comes."""
+    async with staged(Role.PREFILL, Role.PREFILL, Role.DECODE, Role.DECODE) as stage:
+        read = 0
+
+        async def prefill(call: Call) -> None:
+            nonlocal read
+            read += 1
+            if read == 2:
+                call.cut()
+            else:
+                await answer_well(call)
+
+        async def decode(call: Call) -> None:
+            if len(stage.spoken) != 1:
+                await stage.speak(call)
+                return
+            stage.spoken.append(call.engine.address.id)
+            await until(lambda: bool(call.engine.aborted), SOON_S)
+            for event in stage.function.events(route, call.json)[:4]:
+                await call.write(event)
+            await asyncio.Event().wait()
+
+        for engine in stage.rig.engines:
+            engine.behave = prefill if engine.role is Role.PREFILL else decode
+            engine.abort_ends = False
+        stage.breaks = [(5, cut)]
+        body = body_of(route)
+        events, _ = await asked(stage, route, body)
+        assert_whole(route, events, stage, body)
+        for engine in stage.rig.engines:
+            engine.abort_ends = True
+
+
+async def test_what_a_sample_says_after_it_was_given_up_was_never_said() -> None:
+    """It is silent for too long, then speaks on; the engine that continues it breaks, too."""
+    async with staged(Role.PREFILL, Role.DECODE, Role.DECODE, Role.DECODE, between_tokens_timeout_s=0.4) as stage:
+        given_up: list[Call] = []
+        continued: list[Call] = []
+
+        async def decode(call: Call) -> None:
+            events = stage.function.events(Route.CHAT, call.json)
+            if not given_up:
+                given_up.append(call)
+                for event in events[:4]:
+                    await call.write(event)
+                await until(lambda: bool(call.engine.aborted), SOON_S)
+                for event in events[4:6]:
+                    await call.write(event)
+                await asyncio.Event().wait()
+            elif "input_ids" in call.json and not continued:
+                continued.append(call)
+                for event in events[:3]:
+                    await call.write(event)
+                call.cut()
+            else:
+                await stage.speak(call)
+
+        for engine in stage.rig.engines[1:]:
+            engine.behave, engine.abort_ends = decode, False
+        body = body_of(Route.CHAT)
+        events, _ = await asked(stage, Route.CHAT, {**body, "n": 2, "seed": 1})
+        told = [v for e in events if (v := parse_event(e)) is not None]
+        choices = [c for v in told for c in v.get("choices", ())]
+        wanted = Heard(Route.CHAT, stage.expected(Route.CHAT, body)).text
+        assert continued
+        assert ["".join(c["delta"].get("content") or "" for c in choices if c["index"] == i) for i in range(2)] == [wanted] * 2
+
+
 # --- more than one
 
 

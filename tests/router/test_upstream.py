@@ -614,9 +614,11 @@ def test_a_whole_answer_that_comes_after_the_client_left_ends_the_leg() -> None:
 
 
 def test_events_that_come_after_the_client_left_do_no_harm() -> None:
-    live = Live(lambda attempt, _client: EventLeg(attempt, journal()))
+    kept = journal()
+    live = Live(lambda attempt, _client: EventLeg(attempt, kept))
     live.attempt.client_left()
     live.connection.data_received(STREAM_HEAD + chunked(*EVENTS))
+    assert kept.is_empty
     assert (live.state, live.books.ended, live.books.is_settled) == (State.ABORTED, [0], True)
 
 
