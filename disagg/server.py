@@ -239,7 +239,6 @@ async def router_running(
             loop=loop,
             clock=clock,
         )
-        metrics.waiting = lambda: admission.waiting
         relay = Relay(
             view=lambda: controller.view,
             limits=_limits(config),
@@ -265,6 +264,7 @@ async def router_running(
             log=log,
         )
         controller.on_view = owner.changed
+        metrics.waiting = lambda: owner.waiting
         gate = Gate(per_address=section.connections_per_address, file_limit=file_limit())
         metrics.refused = gate.refused
         listener = PublicListener(

@@ -97,7 +97,9 @@ class RouterMetrics(Collector):
         """Called by prometheus_client at each scrape."""
         yield _counter("disagg_requests", "Requests by route and outcome.", ["route", "outcome"], self.requests.items())
         yield GaugeMetricFamily("disagg_inflight", "Requests being handled.", value=self.inflight)
-        yield GaugeMetricFamily("disagg_waiting", "Of these, those that wait for engines with room.", value=self.waiting())
+        yield GaugeMetricFamily(
+            "disagg_waiting", "Of these, those that wait: for engines with room, or for their turn after a failure.", value=self.waiting()
+        )
         yield self.ttft.family("disagg_ttft_seconds", "Time from a streaming request's arrival to the first bytes of its answer.")
         yield self.queue.family("disagg_queue_seconds", "Time that requests waited for engines with room, those included that did not.")
         yield self.itl.family("disagg_itl_seconds", "Time between two events of a stream.")

@@ -36,6 +36,10 @@ _PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s?([0-9]{1,9})')
 _USAGE_WITHIN = 1024  # it stands at the end of an answer
 
 
+class ShutOutError(NoCapacityError):
+    """Engines are there, and all of them are closed to the request: it must not stand in the way of those whom they are open to."""
+
+
 class Wanting(Protocol):
     """A request, as far as its admission is concerned."""
 
@@ -194,6 +198,7 @@ class Admission:
 
         Raises:
             UnknownModelError, NoCapacityError, ShareError, DeadlineError: it cannot be served, or not in time.
+            ShutOutError: it is to come again when engines are open to it.
         """
         queue = self._queue(wanting)
         if not queue.waiting:
@@ -294,13 +299,11 @@ class Admission:
     # --- engines
 
     def _try(self, wanting: Wanting, closed: Exclude | None) -> Promise | None:
-        """A promise, if engines have room. Raises UnknownModelError."""
+        """A promise, if engines have room. Raises UnknownModelError, ShutOutError."""
         exclude: Collection[EngineId] = () if closed is None else closed()
         shut = wanting.shut()
-        if shut is None:
-            return None
-        if shut:
-            exclude = [*exclude, *shut]
+        if shut is None or (shut and not self.could_serve(wanting, exclude := [*exclude, *shut])):
+            raise ShutOutError("an engine died, and the others are kept for the requests that it worked on; try again", retry_after_s=2)
         try:
             choice = self._choose(wanting, exclude)
             prefill, decode = choice.prefill, choice.decode

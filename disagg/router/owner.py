@@ -26,7 +26,7 @@ from disagg.observe.metrics import RouterMetrics
 from disagg.policy.blame import Ledger
 from disagg.policy.replay import PER_REQUEST, Avoided, Blame, ReplayBudget, judge
 from disagg.policy.route import pool_of
-from disagg.router.admission import Admission, Promise
+from disagg.router.admission import Admission, Promise, ShutOutError
 from disagg.router.attempt import Attempt
 from disagg.router.client import Client
 from disagg.router.openai import ClientRequest
@@ -118,6 +118,11 @@ class Owner:
         """Engines came, went or reported: those who wait look anew."""
         self._admission.changed()
         self._wake()
+
+    @property
+    def waiting(self) -> int:
+        """How many wait: for room, for engines that are open to them, or for their turn to be made again."""
+        return self._admission.waiting + len(self._waiting)
 
     def _wake(self) -> None:
         for waiter in list(self._waiting):
@@ -250,16 +255,16 @@ class Owner:
         assert trial is not None
         if stream is not None:
             stream.journal.fold()
+        began = self._relay.clock()
         for engine in attempt.broken if not attempt.moved else ():
             limit_s = 0.0 if engine.id in attempt.lost else STALE_FATE_S if attempt.is_stale else FATE_S  # who is lost was judged already
-            if await self._is_dead(engine, limit_s):
+            if await self._is_dead(engine, began + limit_s):
                 trial.engine_died(engine, stream.journal.events if stream is not None else 0)
         trial.end()
         trial.check()
 
-    async def _is_dead(self, engine: EngineView, limit_s: float) -> bool:
+    async def _is_dead(self, engine: EngineView, until: float) -> bool:
         """Whether its process has ended. Known within some 100 ms: its agent reports it, or it refuses to be connected."""
-        until = self._relay.clock() + limit_s
         self._watch.refused(engine.id)
         while not self._view().has_died(engine):
             left_s = until - self._relay.clock()
@@ -307,7 +312,8 @@ class Owner:
         """Asks some engine of the model something that any of them knows. Raises EngineError."""
         content = msgspec.json.encode(body)
         for last in (False, True):
-            await self._until_possible(run)
+            assert run.job.trial is not None
+            await self._until_possible(run, self._patience_ends_at(run.job.trial))
             engine = self._admission.somebody(run.job, self._exclude(run))
             try:
                 answer = await self._relay.post(engine, path, content, ASK_LIMIT_S)
@@ -328,39 +334,55 @@ class Owner:
         """
         trial = run.job.trial
         assert trial is not None
-        if run.avoided or trial.shut() != ():
-            await self._until_possible(run)
-        if run.wants_budget:
-            await self._take_from_budget(run)
-            await self._until_possible(run)  # which it was, a moment ago
-        exclude = (lambda: self._exclude(run)) if run.avoided else None
-        return await self._admission.enter(run.job, exclude, again=run.last_error is not None)
+        until = self._patience_ends_at(trial)
+        while True:
+            if run.avoided or trial.shut() != ():
+                await self._until_possible(run, until)
+            if run.wants_budget:
+                await self._take_from_budget(run)
+                await self._until_possible(run, until)  # which it was, a moment ago
+            exclude = (lambda: self._exclude(run)) if run.avoided else None
+            try:
+                return await self._admission.enter(run.job, exclude, again=run.last_error is not None)
+            except ShutOutError:
+                if self._relay.clock() >= until:
+                    raise
+
+    def _patience_ends_at(self, trial: Trial) -> float:
+        return self._relay.clock() + (SUSPECT_WAIT_S if trial.is_suspect else self._queue_s)
+
+    def _options(self, run: _Run) -> list[Collection[EngineId]]:
+        return run.avoided.options(self._view(), self._relay.clock(), others_only=run.others_only)
 
     def _exclude(self, run: _Run) -> Collection[EngineId]:
         """The engines that are not to be asked, as things are now: all of them where nobody is left."""
-        view, now = self._view(), self._relay.clock()
-        options = run.avoided.options(view, now, others_only=run.others_only)
-        return next((exclude for exclude in options if self._admission.could_serve(run.job, exclude)), options[0])
+        possible = self._possible(run)
+        return self._options(run)[0] if possible is None else possible
 
-    async def _until_possible(self, run: _Run) -> None:
-        """Waits until there is an engine that did not fail this request, or not just now."""
-        clock = self._relay.clock
+    def _possible(self, run: _Run) -> Collection[EngineId] | None:
+        """The same, with those that are closed to it; None where nobody is left."""
         trial = run.job.trial
         assert trial is not None
-        until = clock() + (SUSPECT_WAIT_S if trial.is_suspect else self._queue_s)
-        while True:
-            view, now, shut = self._view(), clock(), trial.shut()
-            options = run.avoided.options(view, now, others_only=run.others_only)
-            if shut is not None and any(self._admission.could_serve(run.job, [*exclude, *shut]) for exclude in options):
-                return
-            error = run.last_error
-            if error is not None and (now >= until or (run.others_only and shut == ()) or not view.may_serve(run.job.request.model)):
+        shut = trial.shut()
+        closed = [] if shut is None else [[*exclude, *shut] for exclude in self._options(run)]
+        return next((each for each in closed if self._admission.could_serve(run.job, each)), None)
+
+    async def _until_possible(self, run: _Run, until: float) -> None:
+        """Waits until there is an engine that did not fail this request, or not just now, and that is open to it."""
+        clock, job, error = self._relay.clock, run.job, run.last_error
+        trial = job.trial
+        assert trial is not None
+        while self._possible(run) is None:
+            now = clock()
+            if error is not None and (
+                now >= until or (run.others_only and trial.shut() == ()) or not self._view().may_serve(job.request.model)
+            ):
                 raise error
-            if error is None and now >= until:
-                return
-            if run.job.deadline_at is not None and now >= run.job.deadline_at:
+            if now >= until:
+                return  # the queue says what is the matter
+            if job.deadline_at is not None and now >= job.deadline_at:
                 raise DeadlineError("the request's own deadline passed while it waited for engines")
-            await self._change(min(until, run.avoided.next_change(now) or until, run.job.deadline_at or until) - now)
+            await self._change(min(until, run.avoided.next_change(now) or until, job.deadline_at or until) - now)
 
     async def _change(self, limit_s: float) -> None:
         waiter: asyncio.Future[None] = self._relay.loop.create_future()

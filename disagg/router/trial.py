@@ -8,8 +8,8 @@ from disagg.errors import CrashedError
 from disagg.model import EngineId, EngineView
 from disagg.policy.blame import Ledger
 
-PATIENCE_S = 2.0
-"""For how long suspects and newcomers keep away from each other; suspects from one another always."""
+PATIENCE_S = 0.5
+"""For how long suspects and newcomers keep away from each other; suspects from one another always. Each newcomer may pay this much."""
 
 
 class Trial:

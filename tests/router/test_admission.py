@@ -12,10 +12,12 @@ from aiohttp import TCPConnector
 
 from disagg.handoff import Limits
 from disagg.model import ClusterView, EngineAddress, EngineFacts, EngineId, EngineLoad, EngineState, EngineView, Role
+from disagg.policy.blame import Ledger as Blame
 from disagg.policy.pace import Pace
-from disagg.router.admission import Admission, Exclude, Promise
+from disagg.router.admission import Admission, Exclude, Promise, ShutOutError
 from disagg.router.openai import Route, parse_request
 from disagg.router.relay import Job, Record
+from disagg.router.trial import Trial
 from tests.fake_engine import Call, answer_well, until
 from tests.router.conftest import CHAT, Rig, running_rig
 
@@ -45,12 +47,21 @@ class Door:
         self.admission.changed()
 
     async def enter(
-        self, name: str, text: str = "x", *, model: str = "", priority: int = 0, exclude: Exclude | None = None, again: bool = False
+        self,
+        name: str,
+        text: str = "x",
+        *,
+        model: str = "",
+        priority: int = 0,
+        exclude: Exclude | None = None,
+        again: bool = False,
+        trial: Trial | None = None,
     ) -> Promise:
         named = f'"model":"{model}",' if model else ""
         body = f'{{{named}"messages":[{{"role":"user","content":"{text}"}}],"max_tokens":5}}'.encode()
         request = parse_request(Route.CHAT, body)
         job = Job(request, request.rest, 0, None, Record(name, "/", self.now), user=name.split(maxsplit=1)[0], priority=priority)
+        job.trial = trial
         promise = await self.admission.enter(job, exclude, again=again)
         self.order.append(name)
         return promise
@@ -141,6 +152,23 @@ async def test_who_lost_its_engine_goes_before_those_who_came_earlier() -> None:
     await settled()
     assert door.order == ["again"]
     await gone(important, again)
+
+
+async def test_who_may_not_go_anywhere_stands_in_nobodys_way() -> None:
+    """It lost its engine and waits for room; another one that did gets there first, and closes the engine to it."""
+    door, ledger, unified = Door(), Blame(), EngineId("u")
+    promises = await door.full()
+    ledger.died(EngineId("x"), {1: 0, 2: 0}, door.now)
+    suspect = door.spawn("suspect", again=True, trial=Trial(ledger, 1, lambda: door.now, lambda: None))
+    newcomer = door.spawn("newcomer")
+    await settled()
+    ledger.sent(2, [unified])
+    promises.pop().end_all()
+    await settled()
+    assert door.order == ["newcomer"]
+    with pytest.raises(ShutOutError):
+        await suspect
+    await gone(newcomer)
 
 
 async def test_who_is_not_to_be_asked_is_looked_up_each_time() -> None:
