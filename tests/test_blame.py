@@ -162,6 +162,20 @@ def test_who_died_soon_shares_with_nobody(tokens: int, ran_s: float) -> None:
     assert may_go(ledger, POISON, [C], 11.0)
 
 
+def test_who_is_proved_is_on_trial_nowhere() -> None:
+    """Another copy of it still runs: that keeps nobody away."""
+    ledger = Ledger()
+    ledger.sent(GOOD, [B])
+    ledger.died(A, {GOOD: 0, POISON: 0}, 0.0)
+    assert not may_go(ledger, POISON, [B], 1.0, patient=False)
+    ledger.sent(GOOD, [C])
+    ledger.proved(GOOD, [C])
+    ledger.check()
+    assert may_go(ledger, POISON, [B], 1.0, patient=False)
+    ledger.ended(GOOD, [B])
+    ledger.check()
+
+
 def test_who_was_in_company_when_it_died_again_is_tried_alone() -> None:
     ledger = Ledger()
     ledger.died(A, {POISON: 50, GOOD: 50, OTHER: 50}, 0.0)

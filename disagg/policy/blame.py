@@ -10,7 +10,8 @@ strike any more. So it is after `STRIKE_KEPT_S`, blocked or not.
 Most deaths are nobody's fault, and where hundreds of streams lost their engine, one after the other would take minutes. So who had run
 well for a while when its engine died is a *mild* suspect: mild ones share an engine, one at first and one more for each suspect that was
 proved since the last death, so that their number doubles from round to round. A mild one that was in company when its engine died gets no
-second strike for it, but is tried alone from then on. So poison that acts soon costs two engines, and poison that acts late three at most.
+second strike for it, but is tried alone from then on. So poison that acts soon costs two engines, and poison that acts late three at most;
+what acts only after it was proved is never found out.
 
 A request that is new may be poison as well. So that a suspect is not condemned for what a newcomer did, the two keep away from each other
 while a patient caller waits for that (`patient`); an impatient one keeps suspects from one another only, which is never given up.
@@ -118,6 +119,15 @@ class Ledger:
         if entry is not None and entry.strikes < self._limit:
             del self._entries[fingerprint]
             self._proved += 1
+            self._clear(fingerprint)
+
+    def _clear(self, fingerprint: int) -> None:
+        """Copies of it that run are on trial no longer."""
+        for engine in [engine for engine, tried in self._tried.items() if fingerprint in tried]:
+            self._company.discard((engine, fingerprint))
+            self._tried[engine].discard(fingerprint)
+            if not self._tried[engine]:
+                del self._tried[engine]
 
     def died(self, engine: EngineId, in_flight: Mapping[int, int], now: float, *, sent_at: float = inf) -> list[int]:
         """A process died.

@@ -302,7 +302,11 @@ class Admission:
         """A promise, if engines have room. Raises UnknownModelError, ShutOutError."""
         exclude: Collection[EngineId] = () if closed is None else closed()
         shut = wanting.shut()
-        if shut is None or (shut and not self.could_serve(wanting, exclude := [*exclude, *shut])):
+        closed_to_it = shut is None
+        if shut:
+            left, exclude = exclude, [*exclude, *shut]
+            closed_to_it = not self.could_serve(wanting, exclude) and self.could_serve(wanting, left)
+        if closed_to_it:
             raise ShutOutError("an engine died, and the others are kept for the requests that it worked on; try again", retry_after_s=2)
         try:
             choice = self._choose(wanting, exclude)

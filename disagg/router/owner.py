@@ -255,8 +255,11 @@ class Owner:
         assert trial is not None
         if stream is not None:
             stream.journal.fold()
+        broken = attempt.broken if not attempt.moved else ()
+        for engine in broken:
+            self._watch.refused(engine.id)
         began = self._relay.clock()
-        for engine in attempt.broken if not attempt.moved else ():
+        for engine in broken:
             limit_s = 0.0 if engine.id in attempt.lost else STALE_FATE_S if attempt.is_stale else FATE_S  # who is lost was judged already
             if await self._is_dead(engine, began + limit_s):
                 trial.engine_died(engine, stream.journal.events if stream is not None else 0)
@@ -265,7 +268,6 @@ class Owner:
 
     async def _is_dead(self, engine: EngineView, until: float) -> bool:
         """Whether its process has ended. Known within some 100 ms: its agent reports it, or it refuses to be connected."""
-        self._watch.refused(engine.id)
         while not self._view().has_died(engine):
             left_s = until - self._relay.clock()
             if left_s <= 0:
@@ -382,7 +384,8 @@ class Owner:
                 return  # the queue says what is the matter
             if job.deadline_at is not None and now >= job.deadline_at:
                 raise DeadlineError("the request's own deadline passed while it waited for engines")
-            await self._change(min(until, run.avoided.next_change(now) or until, job.deadline_at or until) - now)
+            changes = (run.avoided.next_change(now), trial.next_change(now), job.deadline_at)
+            await self._change(min(until, *(at for at in changes if at is not None)) - now)
 
     async def _change(self, limit_s: float) -> None:
         waiter: asyncio.Future[None] = self._relay.loop.create_future()
@@ -398,7 +401,8 @@ class _Run:
 
     Attributes:
         avoided: the engines that failed it.
-        others_only: the last error was an engine's own word, or silence: the same engines would do the same again.
+        others_only: the last error was an engine's own word, or silence: the same engines would do the same again. A stream that the client
+            has heard a part of is given to them all the same, rather than lost.
     """
 
     replays = 0
@@ -420,7 +424,8 @@ class _Run:
     def failed(self, attempt: Attempt, now: float) -> None:
         """An attempt failed: its engines are left alone for a while."""
         self.last_error = attempt.error
-        self.others_only = isinstance(attempt.error, EngineRefusedError | EngineTimeoutError)
+        has_begun = self.stream is not None and self.stream.has_begun
+        self.others_only = isinstance(attempt.error, EngineRefusedError | EngineTimeoutError) and not has_begun
         blamed, prefill = attempt.blamed_engines(), attempt.choice.prefill
         if prefill is not None and (not attempt.first_token_at or prefill in blamed):
             self.avoided.add(blamed, now, pair=(prefill, attempt.choice.decode))

@@ -68,6 +68,11 @@ class Trial:
         now = self._clock()
         return self._ledger.shut(self.fingerprint, now, patient=now - self._began_at < PATIENCE_S)
 
+    def next_change(self, now: float) -> float | None:
+        """When its patience ends, monotonic seconds, and more may be open to it; None if it has ended."""
+        ends_at = self._began_at + PATIENCE_S
+        return ends_at if ends_at > now else None
+
     def sent(self, engines: Sequence[EngineId]) -> None:
         """It goes to these engines."""
         self._engines = engines

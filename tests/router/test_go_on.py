@@ -210,6 +210,24 @@ async def test_with_one_engine_only_the_same_one_is_asked_again() -> None:
         await nothing_left(stage.rig)
 
 
+async def test_a_stream_is_given_to_an_engine_that_refused_it_rather_than_lost() -> None:
+    """A handoff that fails is often the engine's own 500. Who has heard nothing is told of it; a stream that has begun goes on."""
+
+    async def refuse(call: Call) -> None:
+        await call.json_answer({"error": {"message": "KV transfer failed", "code": 500}}, 500)
+
+    async with staged(*PAIR) as stage:
+        stage.breaks = [(4, cut), (0, refuse)]
+        body = body_of(Route.CHAT)
+        events, _ = await asked(stage, Route.CHAT, body)
+        assert_whole(Route.CHAT, events, stage, body)
+        assert stage.spoken == ["decode-0"] * 3
+        stage.breaks = [(0, cut), (0, cut), (0, cut), (0, refuse)]
+        async with await stage.rig.post(body) as response:
+            assert response.status == 500
+        await nothing_left(stage.rig)
+
+
 async def test_silence_in_the_middle_goes_on_on_the_other_engine() -> None:
     async with staged(*TWO, between_tokens_timeout_s=0.3) as stage:
         stage.breaks = [(5, be_silent)]

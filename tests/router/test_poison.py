@@ -10,6 +10,7 @@ import pytest
 from disagg.model import Role
 from disagg.policy.blame import Ledger
 from disagg.router.openai import Route, parse_event
+from disagg.router.trial import PATIENCE_S, Trial
 from tests.fake_engine import Call, FakeEngine, answer_well, until
 from tests.router.conftest import CHAT, Rig, running_rig
 from tests.router.test_go_on import asked, assert_whole, staged
@@ -175,3 +176,11 @@ async def test_streams_that_ran_well_are_tried_together_where_the_first_was_inno
         for body, (events, _) in zip(bodies, await asyncio.gather(*asking), strict=True):
             assert_whole(Route.CHAT, events, stage, body)
         await nothing_left(stage.rig)
+
+
+def test_a_trial_knows_when_more_is_open_to_it() -> None:
+    now = 10.0
+    trial = Trial(Ledger(), 1, lambda: now, lambda: None)
+    trial.begin()
+    assert trial.next_change(10.1) == 10.0 + PATIENCE_S
+    assert trial.next_change(10.0 + PATIENCE_S) is None
