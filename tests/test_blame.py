@@ -9,7 +9,7 @@ import pytest
 from disagg.model import EngineId
 from disagg.policy.blame import MARGIN, STRIKE_KEPT_S, WELL_S, WELL_TOKENS, Ledger
 
-A, B, C = EngineId("a"), EngineId("b"), EngineId("c")
+A, B, C, D = EngineId("a"), EngineId("b"), EngineId("c"), EngineId("d")
 POISON, GOOD, OTHER = 1, 2, 3
 
 
@@ -79,10 +79,8 @@ def test_newcomers_and_suspects_keep_apart_while_they_can_wait() -> None:
 
 def test_one_copy_of_a_suspect_runs_at_a_time() -> None:
     ledger = Ledger()
-    ledger.sent(POISON, [A])
-    ledger.sent(POISON, [B])
     ledger.died(A, {POISON: 0}, 0.0)
-    ledger.ended(POISON, [A])
+    ledger.sent(POISON, [B])
     assert not may_go(ledger, POISON, [C], 1.0), "the other copy is not proved"
     ledger.ended(POISON, [B])
     assert may_go(ledger, POISON, [C], 1.0)
@@ -162,6 +160,21 @@ def test_who_died_soon_shares_with_nobody(tokens: int, ran_s: float) -> None:
     assert may_go(ledger, POISON, [C], 11.0)
 
 
+def test_a_copy_that_was_under_way_keeps_nobody_waiting_but_others_away() -> None:
+    ledger = Ledger()
+    for engine in (A, B):
+        ledger.sent(GOOD, [engine])
+    ledger.died(A, {GOOD: 0, POISON: 0}, 1.0, sent_at=0.0)
+    ledger.ended(GOOD, [A])
+    assert may_go(ledger, GOOD, [C], 2.0)
+    assert not may_go(ledger, POISON, [B], 2.0, patient=False)
+    ledger.sent(GOOD, [C])
+    assert not may_go(ledger, GOOD, [D], 2.0), "now one is tried"
+    ledger.ended(GOOD, [C])
+    assert may_go(ledger, GOOD, [D], 2.0)
+    ledger.check()
+
+
 def test_who_is_proved_is_on_trial_nowhere() -> None:
     """Another copy of it still runs: that keeps nobody away."""
     ledger = Ledger()
@@ -219,7 +232,9 @@ class Walk:
         self.engines = [EngineId(f"e{i}") for i in range(engines)]
         self.running: dict[EngineId, list[int]] = {e: [] for e in self.engines}
         self.waiting: list[int] = []
-        self.deaths: dict[int, int] = dict.fromkeys(poison, 0)
+        self.sent_at: dict[EngineId, dict[int, float]] = {e: {} for e in self.engines}
+        self.died_at: dict[int, float] = {}
+        self.deaths: dict[int, int] = dict.fromkeys(poison, 0)  # but for those of copies that were under way at the first one
         self.answered: set[int] = set()
         self.refused: set[int] = set()
         self.now = 0.0
@@ -244,6 +259,7 @@ class Walk:
             return
         engine = self.chance.choice(open_to)
         self.ledger.sent(request, [engine])
+        self.sent_at[engine].setdefault(request, self.now)
         self.running[engine].append(request)
 
     def advance(self, engine: EngineId) -> None:
@@ -254,10 +270,12 @@ class Walk:
             self.ledger.proved(request, [engine])
             self.answered.add(request)
             return
-        self.deaths[request] += 1
+        self.deaths[request] += self.sent_at[engine][request] >= self.died_at.setdefault(request, 0.0)
+        if not self.died_at[request]:
+            self.died_at[request] = self.now
         lost, self.running[engine] = self.running[engine], []
         for each in lost:  # its owner tells of it
-            self.ledger.died(engine, {each: self.tokens}, self.now)
+            self.ledger.died(engine, {each: self.tokens}, self.now, sent_at=self.sent_at[engine].pop(each, self.now))
         for each in lost:
             self.ledger.ended(each, [engine])
         self.waiting += lost

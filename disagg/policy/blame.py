@@ -26,8 +26,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from math import inf
+from typing import TypeVar
 
 from disagg.model import EngineId
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 STRIKES = 2
 STRIKE_KEPT_S = 600.0
@@ -73,6 +77,7 @@ class Ledger:
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
         self._unproved: dict[EngineId, dict[int, int]] = {}
         self._tried: dict[EngineId, set[int]] = {}  # of these, the suspects: newcomers look at this only, and it is usually empty
+        self._trials: dict[int, set[EngineId]] = {}  # where suspects were sent to, by fingerprint: not where a copy was under way already
         self._company: set[tuple[EngineId, int]] = set()  # where suspects were tried beside others
         self._proved = 0  # suspects, since the last death
         self.history: list[tuple[float, str]] = []
@@ -94,6 +99,7 @@ class Ledger:
             if fingerprint in self._entries:
                 tried = self._tried.setdefault(engine, set())
                 tried.add(fingerprint)
+                self._trials.setdefault(fingerprint, set()).add(engine)
                 if len(tried) > 1:
                     self._company |= {(engine, each) for each in tried}
 
@@ -106,11 +112,13 @@ class Ledger:
                 running[fingerprint] = left
                 continue
             del running[fingerprint]
-            self._company.discard((engine, fingerprint))
-            if engine in self._tried:
-                self._tried[engine].discard(fingerprint)
-                if not self._tried[engine]:
-                    del self._tried[engine]
+            self._leave(engine, fingerprint)
+
+    def _leave(self, engine: EngineId, fingerprint: int) -> None:
+        """It is on trial there no longer."""
+        self._company.discard((engine, fingerprint))
+        _discard(self._tried, engine, fingerprint)
+        _discard(self._trials, fingerprint, engine)
 
     def proved(self, fingerprint: int, engines: Iterable[EngineId]) -> None:
         """It got further than `past` says, or came to its end; `ended` is not needed then."""
@@ -119,15 +127,8 @@ class Ledger:
         if entry is not None and entry.strikes < self._limit:
             del self._entries[fingerprint]
             self._proved += 1
-            self._clear(fingerprint)
-
-    def _clear(self, fingerprint: int) -> None:
-        """Copies of it that run are on trial no longer."""
-        for engine in [engine for engine, tried in self._tried.items() if fingerprint in tried]:
-            self._company.discard((engine, fingerprint))
-            self._tried[engine].discard(fingerprint)
-            if not self._tried[engine]:
-                del self._tried[engine]
+            for engine in [engine for engine, tried in self._tried.items() if fingerprint in tried]:
+                self._leave(engine, fingerprint)  # copies of it that run are on trial no longer
 
     def died(self, engine: EngineId, in_flight: Mapping[int, int], now: float, *, sent_at: float = inf) -> list[int]:
         """A process died.
@@ -160,7 +161,7 @@ class Ledger:
         if not entry.strikes or sent_at >= entry.struck_at:
             is_first, had_company = not entry.strikes, (engine, fingerprint) in self._company
             if is_first or not had_company:
-                entry.strikes += 1
+                entry.strikes = min(entry.strikes + 1, self._limit)
             entry.is_mild = is_first and (tokens >= WELL_TOKENS or now - sent_at >= WELL_S)
             entry.struck_at = now
             self._proved = 0
@@ -196,12 +197,13 @@ class Ledger:
     def shut(self, fingerprint: int, now: float, *, patient: bool = True) -> tuple[EngineId, ...] | None:
         """The engines that are closed to it: what is not to be chosen. Usually none, and then this costs nothing.
 
-        None: every one, for another copy of this very request is being tried, and what becomes of that says what this one is.
+        None: every one, for another copy of this very request is being tried, and what becomes of that says what this one is. One that was
+        under way already says nothing: its death would be no strike.
         """
         if not self._entries:
             return ()
         is_suspect = self.is_suspect(fingerprint, now)
-        if is_suspect and any(fingerprint in running for running in self._tried.values()):
+        if is_suspect and fingerprint in self._trials:
             return None
         places = self._unproved if is_suspect else self._tried
         return tuple(engine for engine in places if self._shuts(fingerprint, engine, now, patient=patient))
@@ -229,7 +231,18 @@ class Ledger:
         assert all(all(count > 0 for count in running.values()) for running in self._unproved.values())
         assert all(tried and tried <= self._unproved[engine].keys() for engine, tried in self._tried.items())
         assert all(fingerprint in self._tried.get(engine, ()) for engine, fingerprint in self._company)
+        assert all(fp in self._tried.get(engine, ()) for fp, engines in self._trials.items() for engine in engines)
+        assert all(self._trials.values())
 
     def __repr__(self) -> str:
         blocked = sum(entry.strikes >= self._limit for entry in self._entries.values())
         return f"<Ledger suspects={len(self._entries) - blocked} blocked={blocked} unproved={sum(map(len, self._unproved.values()))}>"
+
+
+def _discard(sets: dict[K, set[V]], key: K, value: V) -> None:
+    """An empty set goes, too."""
+    members = sets.get(key)
+    if members is not None:
+        members.discard(value)
+        if not members:
+            del sets[key]

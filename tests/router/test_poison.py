@@ -178,6 +178,35 @@ async def test_streams_that_ran_well_are_tried_together_where_the_first_was_inno
         await nothing_left(stage.rig)
 
 
+async def test_a_stream_does_not_wait_for_a_copy_of_it_that_was_under_way() -> None:
+    async with staged(Role.PREFILL, *[Role.DECODE] * 3, probe_interval_s=0.1) as stage:
+        ward = Ward(stage.rig)
+        may_end = asyncio.Event()
+        begun: list[Call] = []
+
+        async def speak(call: Call) -> None:
+            begun.append(call)
+            number = len(begun)
+            for i, event in enumerate(stage.function.events(Route.CHAT, call.json)):
+                if i == 10 and number == 1:
+                    await until(lambda: len(begun) == 2)
+                    await ward.kill(call.engine)
+                if i == 10 and number == 2:
+                    await may_end.wait()
+                await call.write(event)
+            await call.end()
+
+        for engine in stage.rig.engines:
+            engine.behave = answer_well if engine.role is Role.PREFILL else speak
+        body = body_of(Route.CHAT)
+        asking = [asyncio.ensure_future(asked(stage, Route.CHAT, body)) for _ in range(2)]  # noqa: TID251
+        await until(lambda: sum(a.done() for a in asking) == 1)
+        may_end.set()
+        for events, _ in await asyncio.gather(*asking):
+            assert_whole(Route.CHAT, events, stage, body)
+        await nothing_left(stage.rig)
+
+
 def test_a_trial_knows_when_more_is_open_to_it() -> None:
     now = 10.0
     trial = Trial(Ledger(), 1, lambda: now, lambda: None)
