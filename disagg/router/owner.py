@@ -385,7 +385,7 @@ class Owner:
             if job.deadline_at is not None and now >= job.deadline_at:
                 raise DeadlineError("the request's own deadline passed while it waited for engines")
             changes = (run.avoided.next_change(now), trial.next_change(now), job.deadline_at)
-            await self._change(min(until, *(at for at in changes if at is not None)) - now)
+            await self._change(min([until, *(at for at in changes if at is not None)]) - now)
 
     async def _change(self, limit_s: float) -> None:
         waiter: asyncio.Future[None] = self._relay.loop.create_future()

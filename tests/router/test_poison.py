@@ -9,6 +9,7 @@ import pytest
 
 from disagg.model import Role
 from disagg.policy.blame import Ledger
+from disagg.policy.replay import SAME_AGAIN_S
 from disagg.router.openai import Route, parse_event
 from disagg.router.trial import PATIENCE_S, Trial
 from tests.fake_engine import Call, FakeEngine, answer_well, until
@@ -172,6 +173,7 @@ async def test_streams_that_ran_well_are_tried_together_where_the_first_was_inno
         other.behave = go_on
         ends[dying.address.id].set()
         await until(lambda: len(again) == 3 and len(other.live) == 2)
+        await asyncio.sleep(PATIENCE_S + SAME_AGAIN_S + 0.1)  # the fourth waits until time alone changes nothing any more
         may_go_on.set()
         for body, (events, _) in zip(bodies, await asyncio.gather(*asking), strict=True):
             assert_whole(Route.CHAT, events, stage, body)
