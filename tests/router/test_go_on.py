@@ -310,7 +310,7 @@ async def test_what_a_continuation_says_after_its_end_was_never_said(route: Rout
 
 async def test_what_a_sample_says_after_it_was_given_up_was_never_said() -> None:
     """It is silent for too long, then speaks on; the engine that continues it breaks, too."""
-    async with staged(Role.PREFILL, Role.DECODE, Role.DECODE, Role.DECODE, between_tokens_timeout_s=0.4) as stage:
+    async with staged(Role.PREFILL, Role.DECODE, Role.DECODE, Role.DECODE, between_tokens_timeout_s=1.0) as stage:
         given_up: list[Call] = []
         continued: list[Call] = []
 

@@ -104,6 +104,7 @@ async def test_copies_of_a_stream_that_kills_in_the_middle_all_end_with_the_same
         ward = Ward(stage.rig)
 
         async def kill(call: Call) -> None:
+            await until(lambda: len(stage.spoken) >= 2)
             await ward.kill(call.engine)
 
         stage.step_s = 0.02
