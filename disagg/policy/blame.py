@@ -30,8 +30,8 @@ from typing import TypeVar
 
 from disagg.model import EngineId
 
-K = TypeVar("K")
-V = TypeVar("V")
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 
 STRIKES = 2
 STRIKE_KEPT_S = 600.0
@@ -239,7 +239,7 @@ class Ledger:
         return f"<Ledger suspects={len(self._entries) - blocked} blocked={blocked} unproved={sum(map(len, self._unproved.values()))}>"
 
 
-def _discard(sets: dict[K, set[V]], key: K, value: V) -> None:
+def _discard(sets: dict[_K, set[_V]], key: _K, value: _V) -> None:
     """An empty set goes, too."""
     members = sets.get(key)
     if members is not None:
