@@ -210,6 +210,30 @@ async def test_a_stream_does_not_wait_for_a_copy_of_it_that_was_under_way() -> N
         await nothing_left(stage.rig)
 
 
+async def test_a_death_is_noticed_although_the_other_leg_had_broken_before_and_its_engine_lives() -> None:
+    """Both engines are looked at at once: the one that lives must not use up the time of the one that died."""
+    async with staged(Role.PREFILL, *[Role.DECODE] * 4, probe_interval_s=0.8) as stage:
+        ward = Ward(stage.rig)
+
+        async def read(call: Call) -> None:
+            room = call.json["bootstrap_room"]
+            await until(lambda: room in decoding)
+            call.cut()
+
+        async def kill(call: Call) -> None:
+            decoding.add(call.json["bootstrap_room"])
+            await asyncio.sleep(0.2)  # until the router has seen that prefill's connection is gone
+            await ward.kill(call.engine)
+
+        decoding: set[int] = set()
+        stage.breaks = [(1, kill)] * 9
+        for engine in stage.rig.engines:
+            engine.behave = read if engine.role is Role.PREFILL else stage.speak
+        events, _ = await asked(stage, Route.CHAT, body_of(Route.CHAT))
+        assert (parse_event(events[-1]) or {})["error"]["code"] == "request_crashed_engine"
+        assert ward.deaths == 2
+
+
 def test_a_trial_knows_when_more_is_open_to_it() -> None:
     now = 10.0
     trial = Trial(Ledger(), 1, lambda: now, lambda: None)
