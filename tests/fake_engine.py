@@ -16,6 +16,9 @@ from aiohttp import web
 
 from disagg.model import EngineAddress, EngineId, Role
 
+HUNG_S = 20.0
+"""How long a test waits for what takes a moment, before it calls it hung: a slow machine is no failure."""
+
 Behaviour = Callable[["Call"], Awaitable[None]]
 
 
@@ -225,7 +228,7 @@ async def fake_engine(role: Role, number: int = 0, model: str = "fake") -> Async
         await engine.stop()
 
 
-async def until(condition: Callable[[], bool], limit_s: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], limit_s: float = HUNG_S) -> None:
     """Waits for a condition, at most `limit_s` seconds."""
     async with asyncio.timeout(limit_s):
         while not condition():  # noqa: ASYNC110  # what is waited for happens in other code

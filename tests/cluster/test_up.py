@@ -33,7 +33,7 @@ def wait_for(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
         time.sleep(0.02)
 
 
-def wait_gone(pids: list[int], limit_s: float = 5.0) -> None:
+def wait_gone(pids: list[int], limit_s: float = 20.0) -> None:
     until = time.monotonic() + limit_s
     while any(map(alive, pids)):
         assert time.monotonic() < until, f"still running: {[p for p in pids if alive(p)]}"

@@ -21,6 +21,7 @@ from disagg.observe.log import make_logger
 from disagg.security.keys import KeyPair, make_key
 from disagg.wire.codec import FRAME_LIMIT, MAJOR, MINOR, FrameError, encode, to_host, to_router
 from disagg.wire.messages import Heartbeat, Hello, Refused, Register
+from tests.fake_engine import HUNG_S
 from tests.hostile.conftest import Scene
 from tests.rig.hosts import LogLine, wall
 
@@ -65,7 +66,7 @@ def peer(scene: Scene, key: KeyPair, heard: list[bytes] | None = None, denied: l
         client.close()
 
 
-async def until(is_so: Callable[[], bool], limit_s: float = 10.0) -> None:
+async def until(is_so: Callable[[], bool], limit_s: float = HUNG_S) -> None:
     async with asyncio.timeout(limit_s):
         while not is_so():  # noqa: ASYNC110  # a router's log is a file, which tells nobody
             await asyncio.sleep(0.02)
@@ -73,7 +74,7 @@ async def until(is_so: Callable[[], bool], limit_s: float = 10.0) -> None:
 
 async def met(peer: ControlClient, heard: list[bytes]) -> None:
     """Until the connection stands: what is sent before that goes nowhere."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(HUNG_S):
         while not heard:
             peer.send(encode(Hello("evil", 1, "n")))
             await asyncio.sleep(0.1)

@@ -13,7 +13,7 @@ from disagg.config import Config, ObserveSection, RouterSection
 from disagg.model import Role
 from disagg.observe.log import make_logger
 from disagg.server import Router, router_running
-from tests.fake_engine import Behaviour, FakeEngine, fake_engine
+from tests.fake_engine import HUNG_S, Behaviour, FakeEngine, fake_engine
 from tests.ports import free_port
 
 
@@ -79,7 +79,7 @@ async def running_rig(
         router = await stack.enter_async_context(router_running(config, [e.address for e in engines], log, canaries=canaries))
         session = await stack.enter_async_context(aiohttp.ClientSession())
         if wait:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(HUNG_S):
                 await router.controller.wait_settled()
                 await router.controller.wait_ready()
         yield Rig(router, engines, session)

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from disagg.model import Role
+from tests.fake_engine import HUNG_S
 from tests.router.conftest import CHAT, Rig, running_rig
 
 CHAT_PATH, COMPLETIONS_PATH, GENERATE_PATH = "/v1/chat/completions", "/v1/completions", "/generate"
@@ -57,7 +58,7 @@ BAD_BODIES = {
 @pytest.mark.parametrize("name", BAD_BODIES)
 async def test_a_bad_body_is_a_400_and_reaches_no_engine(rig: Rig, name: str) -> None:
     path, body = BAD_BODIES[name]
-    async with asyncio.timeout(1), await rig.post(body, path) as response:
+    async with asyncio.timeout(HUNG_S), await rig.post(body, path) as response:
         assert response.status == 400
         error = (await response.json())["error"]
     assert error["type"] == "invalid_request_error"
@@ -92,7 +93,7 @@ async def test_a_body_over_the_limit_is_a_413(chunked: bool) -> None:
                 yield body[at : at + (1 << 16)]
 
         data = pieces() if chunked else io.BytesIO(body)
-        async with asyncio.timeout(2), await rig.session.post(rig.url + CHAT_PATH, data=data) as response:
+        async with asyncio.timeout(HUNG_S), await rig.session.post(rig.url + CHAT_PATH, data=data) as response:
             assert response.status == 413
             assert (await response.json())["error"]["type"] == "invalid_request_error"
         assert not any(e.calls for e in rig.engines)

@@ -6,10 +6,9 @@ import asyncio
 from collections.abc import Callable
 
 from disagg.model import EngineId, Role
-from tests.fake_engine import Call, answer_well
+from tests.fake_engine import HUNG_S, Call, answer_well
 from tests.router.conftest import CHAT, Rig, running_rig
 
-LIMIT_S = 5.0
 Wrong = Callable[[Call], bool]
 
 
@@ -38,7 +37,7 @@ async def tried(rig: Rig, count: int) -> None:
     """Waits until so many pairs have answered."""
     examiner = rig.router.controller.examiner
     assert examiner is not None
-    async with asyncio.timeout(LIMIT_S):
+    async with asyncio.timeout(HUNG_S):
         while examiner.outcomes.total() < count:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
@@ -81,7 +80,7 @@ async def test_without_a_pair_that_can_be_trusted_no_request_is_taken() -> None:
         async with await rig.post(CHAT) as response:
             assert response.headers["x-disagg-decode"] == "unified-0"
         await rig.engine(Role.UNIFIED).stop()
-        async with asyncio.timeout(LIMIT_S):
+        async with asyncio.timeout(HUNG_S):
             while rig.state("unified-0") != "dead":  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         async with await rig.post(CHAT) as response:
@@ -123,7 +122,7 @@ async def test_an_engine_that_is_taken_out_between_two_prompts_gets_no_second_on
     async with running_rig(Role.PREFILL, Role.DECODE, canaries=True, wait=False) as rig:
         for engine in rig.engines:
             engine.behave = behave
-        async with asyncio.timeout(LIMIT_S):
+        async with asyncio.timeout(HUNG_S):
             await taken.wait()
             while rig.decode.live or rig.prefill.live:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)

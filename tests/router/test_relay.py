@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 
 from disagg.model import Role
 from disagg.router.relay import Job
-from tests.fake_engine import Call, answer_well, chat_chunk, until
+from tests.fake_engine import HUNG_S, Call, answer_well, chat_chunk, until
 from tests.router.conftest import CHAT, Rig, running_rig
 
 STREAM = {**CHAT, "stream": True}
@@ -171,9 +170,9 @@ async def test_a_client_that_asks_first_is_told_to_go_on(rig: Rig) -> None:
     body = msgspec.json.encode(CHAT)
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
     writer.write(head % len(body))
-    assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), HUNG_S) == b"HTTP/1.1 100 Continue\r\n\r\n"
     writer.write(body)
-    assert (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).startswith(b"HTTP/1.1 200 OK")
+    assert (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), HUNG_S)).startswith(b"HTTP/1.1 200 OK")
     writer.close()
 
 
@@ -215,7 +214,7 @@ async def test_prefill_refuses_while_decode_waits(rig: Rig) -> None:
 
     rig.prefill.behave = refuse
     rig.decode.behave = forever
-    async with asyncio.timeout(2), await rig.post(STREAM) as response:
+    async with asyncio.timeout(HUNG_S), await rig.post(STREAM) as response:
         assert response.status == 400
         error = (await response.json())["error"]
     assert error["message"] == "the prompt is too long"
@@ -230,7 +229,7 @@ async def test_decode_refuses_while_prefill_waits(rig: Rig) -> None:
 
     rig.decode.behave = refuse
     rig.prefill.behave = forever
-    async with asyncio.timeout(2), await rig.post(GENERATE, "/generate") as response:
+    async with asyncio.timeout(HUNG_S), await rig.post(GENERATE, "/generate") as response:
         assert response.status == 503
         assert (await response.json())["error"]["message"] == "no room for this"
     await idle(rig)
@@ -310,7 +309,7 @@ async def garbage_in_the_middle(call: Call) -> None:
 @pytest.mark.parametrize("behaviour", [cut_in_the_middle, end_early, error_in_the_middle, garbage_in_the_middle])
 async def test_a_broken_stream_ends_with_an_error_event_and_never_with_done(rig: Rig, behaviour: Any) -> None:
     rig.decode.behave = behaviour
-    async with asyncio.timeout(2), await rig.post(STREAM) as response:
+    async with asyncio.timeout(HUNG_S), await rig.post(STREAM) as response:
         events = events_of(await response.text())
     assert events[0]["choices"][0]["delta"]["content"] == "alpha"
     assert events[1]["error"]["message"]
@@ -326,7 +325,7 @@ async def test_an_error_as_the_first_event_becomes_a_real_status(rig: Rig) -> No
         await call.done()
 
     rig.decode.behave = rig.prefill.behave = refuse
-    async with asyncio.timeout(2), await rig.post({**GENERATE, "stream": True}, "/generate") as response:
+    async with asyncio.timeout(HUNG_S), await rig.post({**GENERATE, "stream": True}, "/generate") as response:
         assert response.status == 400
         assert (await response.json())["error"]["message"] == "the prompt is too long"
 
@@ -341,7 +340,7 @@ async def test_an_aborted_native_stream_is_an_error_and_not_an_end(rig: Rig) -> 
         await call.done()
 
     rig.decode.behave = abort
-    async with asyncio.timeout(2), await rig.post({**GENERATE, "stream": True}, "/generate") as response:
+    async with asyncio.timeout(HUNG_S), await rig.post({**GENERATE, "stream": True}, "/generate") as response:
         events = events_of(await response.text())
     assert len(events) == 2
     assert events[1]["error"]["message"].startswith("the KV transfer failed")
@@ -366,7 +365,7 @@ async def test_an_engine_that_ignores_aborts_loses_its_connection(rig: Rig) -> N
 async def test_silence_before_the_first_token_ends_at_the_limit() -> None:
     async with running_rig(Role.PREFILL, Role.DECODE, first_token_timeout_s=0.3) as rig:
         rig.prefill.behave = rig.decode.behave = forever
-        async with asyncio.timeout(2), await rig.post(STREAM) as response:
+        async with asyncio.timeout(HUNG_S), await rig.post(STREAM) as response:
             assert response.status == 504
         await idle(rig)
 
@@ -374,7 +373,7 @@ async def test_silence_before_the_first_token_ends_at_the_limit() -> None:
 async def test_a_whole_answer_has_a_limit_of_its_own() -> None:
     async with running_rig(Role.PREFILL, Role.DECODE, first_token_timeout_s=30, whole_answer_timeout_s=0.3) as rig:
         rig.prefill.behave = rig.decode.behave = forever
-        async with asyncio.timeout(2), await rig.post(CHAT, path="/v1/chat/completions?api-version=1") as response:
+        async with asyncio.timeout(HUNG_S), await rig.post(CHAT, path="/v1/chat/completions?api-version=1") as response:
             assert response.status == 504
         await idle(rig)
 
@@ -387,7 +386,7 @@ async def test_silence_in_the_middle_of_a_stream_ends_at_the_limit() -> None:
             await asyncio.Event().wait()
 
         rig.decode.behave = stall
-        async with asyncio.timeout(2), await rig.post(STREAM) as response:
+        async with asyncio.timeout(HUNG_S), await rig.post(STREAM) as response:
             events = events_of(await response.text())
         assert "0.3 s" in events[-1]["error"]["message"]
         await idle(rig)
@@ -395,7 +394,7 @@ async def test_silence_in_the_middle_of_a_stream_ends_at_the_limit() -> None:
 
 async def test_the_clients_own_deadline_counts(rig: Rig) -> None:
     rig.prefill.behave = rig.decode.behave = forever
-    async with asyncio.timeout(2), await rig.post(CHAT, headers={"x-disagg-deadline-ms": "200"}) as response:
+    async with asyncio.timeout(HUNG_S), await rig.post(CHAT, headers={"x-disagg-deadline-ms": "200"}) as response:
         assert response.status == 504
         assert "deadline" in (await response.json())["error"]["message"]
     await idle(rig)
@@ -411,15 +410,20 @@ async def test_a_deadline_is_counted_as_such_and_not_against_an_engine(rig: Rig)
 # --- a client leaves
 
 
+async def leave(rig: Rig, body: dict[str, Any]) -> None:
+    """A client that leaves as soon as every engine works for it."""
+    async with asyncio.TaskGroup() as group:
+        asking = group.create_task(rig.post(body))
+        await until(lambda: all(e.live for e in rig.engines))
+        asking.cancel()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_leaves_before_the_first_token_frees_both_engines(rig: Rig, stream: bool) -> None:
     rig.prefill.behave = rig.decode.behave = forever
     rig.prefill.abort_ends = rig.decode.abort_ends = True
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(0.3):
-            await rig.post({**CHAT, "stream": stream})
-    async with asyncio.timeout(1):
-        await idle(rig)
+    await leave(rig, {**CHAT, "stream": stream})
+    await idle(rig)
     for engine in rig.engines:
         assert engine.aborted[0] == engine.calls[0].rids[0]
     await until(lambda: "disagg_inflight 0.0" in rig.metrics())
@@ -435,18 +439,15 @@ async def test_a_client_that_leaves_in_the_middle_frees_decode(rig: Rig) -> None
     response = await rig.post(STREAM)
     await response.content.readany()
     response.close()
-    async with asyncio.timeout(1):
-        await idle(rig)
+    await idle(rig)
     assert rig.decode.aborted[0] == rig.decode.calls[0].rids[0]
 
 
 async def test_an_abort_without_an_idle_connection_makes_one(rig: Rig) -> None:
     """With one request the only connection to each engine is busy with it."""
     rig.prefill.behave = rig.decode.behave = forever
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(0.2):
-            await rig.post(CHAT)
-    await until(lambda: bool(rig.prefill.aborted and rig.decode.aborted), 1)
+    await leave(rig, CHAT)
+    await until(lambda: bool(rig.prefill.aborted and rig.decode.aborted))
 
 
 # --- nothing was lost yet: a second attempt
@@ -537,7 +538,7 @@ async def test_one_failing_sample_ends_them_all(rig: Rig) -> None:
             await forever(call)
 
     rig.decode.behave = third_fails
-    async with asyncio.timeout(2), await rig.post({**CHAT, "n": 3, "seed": 1}) as response:
+    async with asyncio.timeout(HUNG_S), await rig.post({**CHAT, "n": 3, "seed": 1}) as response:
         assert response.status == 400
         assert (await response.json())["error"]["message"] == "no third"
     await idle(rig)

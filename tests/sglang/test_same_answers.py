@@ -150,4 +150,4 @@ def test_the_answers_are_not_all_the_same(answers: tuple[dict[str, Any], dict[st
 
 
 def test_nothing_is_held_afterwards(cluster: Cluster, answers: Any) -> None:
-    cluster.wait_idle("p", "d", "u", limit_s=2.0)
+    cluster.wait_idle("p", "d", "u", limit_s=10.0)
