@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import Callable
 
@@ -52,6 +53,7 @@ def leavings(count: int, *, tokens: int = 0, within_s: float = 1.0, told: Callab
 
     async def tell(world: World) -> None:
         chance = random.Random(f"leavings {world.plan.seed}")
+        done = itertools.count(1)
 
         async def some(first: int) -> None:
             for number in range(first, count, 8):
@@ -59,7 +61,7 @@ def leavings(count: int, *, tokens: int = 0, within_s: float = 1.0, told: Callab
                 leaves_s = within_s * chance.random() ** 3 + 1e-6  # most of them early: there the states change
                 stream = chance.random() < 0.5
                 await world.ask(Ask(number, chance.choice(ROUTES), prompt, LENGTH, stream=stream, leaves_s=leaves_s))
-                told(number + 1)
+                told(next(done))
 
         async with asyncio.TaskGroup() as group:
             for first in range(8):
