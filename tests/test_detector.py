@@ -34,6 +34,7 @@ from disagg.cluster.detector import (
     Troubled,
 )
 from disagg.model import EngineAddress, EngineFacts, EngineId, EngineLoad, EngineState, HostId, HostState, Role
+from disagg.router.owner import FATE_S
 from disagg.wire.messages import EngineReport
 
 S = EngineState
@@ -163,6 +164,21 @@ def test_trouble_makes_probes_four_times_as_frequent(event: Event, wait_s: float
     made.handle(event, now=20.0)
     assert made.next_deadline() == 20.0 + wait_s
     assert made.handle(Tick(), now=20.0 + wait_s) == [Probe()]
+
+
+def test_who_refused_once_is_asked_again_soon_however_seldom_it_is_looked_at() -> None:
+    made = EngineDetector(address_of(Role.DECODE), slot=0, probe_interval_s=30.0, now=10.0)
+    made.handle(WELL, now=10.0)
+    made.handle(Troubled(), now=20.0)
+    assert made.handle(Tick(), now=20.0) == [Probe()]
+    made.handle(Refused(), now=20.0)
+    again_at = made.next_deadline()
+    assert again_at is not None
+    assert again_at - 20.0 < FATE_S / 1.5, "the verdict is there before the request is judged"
+    assert made.handle(Tick(), now=again_at) == [Probe()]
+    made.handle(Refused(), now=again_at)
+    assert made.view.state is S.DEAD
+    assert made.next_deadline() == again_at + 30.0 / 4, "once it is known there is no hurry"
 
 
 def test_trouble_brings_the_next_probe_forward_but_never_makes_two() -> None:

@@ -434,6 +434,8 @@ class EngineDetector:
     def _probe_again(self, now: float) -> None:
         if self._host_state is not HostState.ONLINE:
             self._probe_at = now + HASTY_PROBE_S
+        elif 0 < self._refusals < REFUSALS_UNTIL_DEAD:  # who judges a broken request waits for the verdict, but not for long
+            self._probe_at = now + min(HASTY_PROBE_S, self._interval_s / 4)
         elif self._dead or self._trouble or self._mode_fault or (not self._has_agent and not self._view.facts.model):
             self._probe_at = now + self._interval_s / 4
         else:

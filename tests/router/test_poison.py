@@ -68,8 +68,10 @@ async def flood(rig: Rig, poisons: int = 1) -> tuple[list[tuple[int, Any]], list
     return [t.result() for t in good], [t.result() for t in bad]
 
 
-async def test_poison_kills_two_engines_and_no_innocent_is_lost() -> None:
-    async with running_rig(*[Role.UNIFIED] * 5) as rig:
+@pytest.mark.parametrize("probe_interval_s", [0.2, 5.0])
+async def test_poison_kills_two_engines_and_no_innocent_is_lost(probe_interval_s: float) -> None:
+    """Also where engines are looked at so seldom that their deaths would come to light after the request was judged."""
+    async with running_rig(*[Role.UNIFIED] * 5, probe_interval_s=probe_interval_s) as rig:
         ward = Ward(rig)
         good, bad = await flood(rig)
         assert [code for code, _ in good] == [200] * INNOCENTS
