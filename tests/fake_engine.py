@@ -118,6 +118,7 @@ class FakeEngine:
         knows: answers /v1/tokenize and /v1/detokenize: path and body in, body out; None for an engine that does not know them.
         asked: the paths of such questions, in order.
         stream_token_ids: what it says of itself to a prober.
+        places: requests that may run at a time, as it says to a prober; 0 if it says nothing.
     """
 
     def __init__(self, role: Role, number: int, model: str) -> None:
@@ -133,6 +134,7 @@ class FakeEngine:
         self.knows: Callable[[str, Any], Any] | None = None
         self.asked: list[str] = []
         self.stream_token_ids = False
+        self.places = 0
         self.tell: Callable[[web.Request], Awaitable[web.StreamResponse]] = self._tell
         self.port = 0
         self._runner: web.AppRunner | None = None
@@ -210,7 +212,12 @@ class FakeEngine:
     async def _info(self, _request: web.Request) -> web.Response:
         mode = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.UNIFIED: "null"}[self.role]
         return web.json_response(
-            {"internal_states": [{"disaggregation_mode": mode}], "page_size": 16, "stream_token_ids": self.stream_token_ids}
+            {
+                "internal_states": [{"disaggregation_mode": mode}],
+                "page_size": 16,
+                "stream_token_ids": self.stream_token_ids,
+                "max_running_requests": self.places,
+            }
         )
 
     async def _loads(self, _request: web.Request) -> web.Response:

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from disagg.model import EngineId
-from disagg.policy.blame import MARGIN, STRIKE_KEPT_S, WELL_S, WELL_TOKENS, Ledger
+from disagg.policy.blame import MARGIN, MARGIN_TIMES, SOLO_LIMIT_S, SOLO_S, STRIKE_KEPT_S, WELL_S, WELL_TOKENS, Ledger
 
 A, B, C, D = EngineId("a"), EngineId("b"), EngineId("c"), EngineId("d")
 POISON, GOOD, OTHER = 1, 2, 3
@@ -219,11 +219,21 @@ class Walk:
         ledger: the defence.
         patient: callers wait until suspects and newcomers do not meet.
         tokens: that each had given when its engine died.
+        frees: nothing is seen of the answers: suspects are freed at some time.
     """
 
     def __init__(
-        self, ledger: Ledger, chance: random.Random, *, engines: int, poison: set[int], patient: bool = True, tokens: int = 0
+        self,
+        ledger: Ledger,
+        chance: random.Random,
+        *,
+        engines: int,
+        poison: set[int],
+        patient: bool = True,
+        tokens: int = 0,
+        frees: bool = False,
     ) -> None:
+        self.frees = frees
         self.ledger = ledger
         self.chance = chance
         self.poison = poison
@@ -244,6 +254,8 @@ class Walk:
         if self.waiting and self.chance.random() < 0.6:
             self.send(self.waiting.pop(self.chance.randrange(len(self.waiting))))
         busy = [e for e in self.engines if self.running[e]]
+        if busy and self.frees and self.chance.random() < 0.3:
+            self.free(self.chance.choice(busy))
         if busy and self.chance.random() < 0.5:
             self.advance(self.chance.choice(busy))
         self.ledger.check()
@@ -261,6 +273,13 @@ class Walk:
         self.ledger.sent(request, [engine])
         self.sent_at[engine].setdefault(request, self.now)
         self.running[engine].append(request)
+
+    def free(self, engine: EngineId) -> None:
+        """One of the requests there has been alone for long enough, if it was and need not be until it is proved."""
+        request = self.chance.choice(self.running[engine])
+        free_s, proved_s = self.ledger.solitude(request)
+        if free_s < proved_s and self.running[engine].count(request) == 1:
+            self.ledger.freed(request, [engine])
 
     def advance(self, engine: EngineId) -> None:
         """One of the requests there gets to the point at which it kills the engine or is answered."""
@@ -321,6 +340,19 @@ def test_poison_that_acts_late_kills_three_engines_at_most_and_no_innocent_is_lo
     assert walk.refused == poison
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_poison_in_answers_of_which_nothing_is_seen_kills_three_engines_at_most_and_no_innocent_is_lost(seed: int) -> None:
+    chance = random.Random(seed)
+    poison = set(range(chance.randrange(1, 6)))
+    arrivals = [*innocents(), *poison, *poison]
+    chance.shuffle(arrivals)
+    walk = Walk(Ledger(), chance, engines=chance.randrange(2, 5), poison=poison, frees=True)
+    walk.run(arrivals)
+    assert all(0 < deaths <= 3 for deaths in walk.deaths.values()), walk.deaths
+    assert walk.answered == set(innocents())
+    assert walk.refused == poison
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_one_poison_is_found_among_innocents_even_when_nobody_waits_for_newcomers(seed: int) -> None:
     chance = random.Random(seed)
@@ -345,3 +377,76 @@ def test_one_death_is_one_strike_however_many_copies_of_a_request_it_struck() ->
     assert [ledger.died(A, {GOOD: 0}, at, sent_at=-1.0) for at in (0.0, 0.1, 4.9)] == [[], [], []]
     assert ledger.blocked(GOOD, 5.0) == 0.0
     assert ledger.died(A, {GOOD: 0}, 5.0, sent_at=4.0) == [GOOD], "the process that took its place died, too"
+
+
+# --- answers of which nothing is seen
+
+
+def test_who_was_freed_gets_no_strike_in_company_and_is_then_alone_until_it_is_proved() -> None:
+    ledger = Ledger()
+    ledger.died(A, {POISON: 0}, 10.0, sent_at=9.0)
+    past_s = MARGIN_TIMES * 1.0 + SOLO_S
+    assert ledger.solitude(POISON) == (SOLO_S, past_s)
+    ledger.sent(POISON, [B])
+    ledger.freed(POISON, [B])
+    ledger.check()
+    assert may_go(ledger, OTHER, [B], 11.0), "others may come"
+    assert ledger.is_suspect(POISON, 11.0), "but it has proved nothing yet"
+    assert ledger.died(B, {POISON: 0, OTHER: 0}, 12.0, sent_at=11.0) == []
+    ledger.ended(POISON, [B])
+    assert ledger.solitude(POISON) == (past_s, past_s)
+    ledger.sent(POISON, [C])
+    assert not may_go(ledger, OTHER, [C], 12.5, patient=False), "the other one is a suspect now, and keeps away"
+    assert ledger.died(C, {POISON: 0}, 13.0, sent_at=12.0) == [POISON]
+    ledger.check()
+
+
+def test_a_suspect_beside_one_that_was_freed_is_not_condemned_for_it() -> None:
+    ledger = Ledger()
+    ledger.died(A, {POISON: 0, GOOD: 0}, 10.0, sent_at=9.0)
+    ledger.sent(POISON, [B])
+    ledger.freed(POISON, [B])
+    ledger.sent(GOOD, [B])
+    assert ledger.died(B, {GOOD: 0}, 12.0, sent_at=11.0) == []
+    assert ledger.died(B, {POISON: 0}, 12.0, sent_at=10.5) == []
+    ledger.ended(POISON, [B])
+    ledger.ended(GOOD, [B])
+    ledger.check()
+    ledger.sent(GOOD, [C])
+    ledger.proved(GOOD, [C])
+    assert not ledger.is_suspect(GOOD, 13.0)
+
+
+def test_whoever_was_freed_counts_once_for_those_who_may_be_tried_together() -> None:
+    ledger = Ledger()
+    everybody = dict.fromkeys(range(10), WELL_TOKENS)
+    ledger.died(A, everybody, 10.0, sent_at=0.0)
+    ledger.sent(0, [B])
+    assert not may_go(ledger, 1, [B], 11.0, patient=False)
+    ledger.freed(0, [B])
+    ledger.proved(0, [B])
+    ledger.sent(1, [B])
+    assert may_go(ledger, 2, [B], 12.0, patient=False)
+    ledger.sent(2, [B])
+    assert not may_go(ledger, 3, [B], 12.0, patient=False), "one was proved: two at a time, not three"
+    ledger.check()
+
+
+def test_no_one_is_alone_for_longer_than_others_can_wait() -> None:
+    ledger = Ledger()
+    ledger.died(A, {GOOD: 0}, 500.0, sent_at=0.0)
+    ledger.sent(GOOD, [B])
+    ledger.freed(GOOD, [B])
+    ledger.died(B, {GOOD: 0}, 900.0, sent_at=500.0)
+    assert ledger.solitude(GOOD) == (SOLO_LIMIT_S, SOLO_LIMIT_S)
+
+
+def test_who_ended_is_free_nowhere() -> None:
+    ledger = Ledger()
+    ledger.died(A, {GOOD: 0}, 10.0, sent_at=9.0)
+    ledger.sent(GOOD, [B])
+    ledger.freed(GOOD, [B])
+    ledger.ended(GOOD, [B])
+    ledger.check()
+    ledger.sent(GOOD, [B])
+    assert ledger.died(B, {GOOD: 0}, 12.0, sent_at=11.0) == [GOOD], "it was alone this time"

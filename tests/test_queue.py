@@ -10,7 +10,7 @@ from math import inf
 
 import pytest
 
-from disagg.policy.queue import PASS_S, PROMISED_TIMES, Entry, Place, Queue, Reason, Shed
+from disagg.policy.queue import PASS_S, PROMISED_TIMES, Aside, Entry, Place, Queue, Reason, Shed
 
 
 class Room:
@@ -198,6 +198,39 @@ def test_nothing_that_is_as_big_as_the_head_is_tried() -> None:
     asked: list[Entry] = []
     assert room.queue.next(asked.append, now=room.now) is None
     assert len(asked) == 1
+
+
+def test_who_may_not_go_where_there_is_room_is_passed_by_all_others_for_as_long_as_that_lasts() -> None:
+    room = Room()
+    aside = [room.wait("a", 5) for _ in range(20)]
+    room.now += 2 * PASS_S
+    other = room.wait("b", 5)
+
+    def fits(entry: Entry) -> str | Aside:
+        return Aside.ASIDE if entry in aside else "there"
+
+    assert room.queue.next(fits, now=room.now) == (other, "there")
+    assert room.queue.next(fits, now=room.now) is None
+    room.now += 2 * PASS_S
+    late = room.wait("b", 50)
+    assert room.queue.next(fits, now=room.now) == (late, "there"), "however long they have waited, and however big the other one is"
+    assert room.queue.next(lambda _: "anywhere", now=room.now) == (aside[0], "anywhere"), "they have kept their places"
+    room.queue.check()
+
+
+def test_behind_one_that_stands_aside_the_first_that_does_not_fit_is_the_head() -> None:
+    room = Room()
+    aside, big = room.wait("a", 5), room.wait("b", 10)
+    small = room.wait("c", 2)
+
+    def fits(entry: Entry) -> str | Aside | None:
+        return Aside.ASIDE if entry is aside else None if entry is big else "there"
+
+    assert room.queue.next(fits, now=room.now) == (small, "there")
+    room.now += PASS_S
+    room.wait("c", 2)
+    assert room.queue.next(fits, now=room.now) is None
+    assert aside.head_at is None
 
 
 # --- bounded
@@ -510,7 +543,9 @@ def test_a_random_walk_keeps_its_books(seed: int) -> None:
     queue = Queue(timeout_s=3.0, bytes_limit=1500, target_s=0.2, interval_s=0.5)
     free, now, live, ended = 60, 0.0, list[Entry](), Counter[str]()
 
-    def fits(entry: Entry) -> bool | None:
+    def fits(entry: Entry) -> bool | Aside | None:
+        if chance.random() < 0.1:
+            return Aside.ASIDE
         return True if entry.tokens <= free else None
 
     def note(shed: list[Shed]) -> None:

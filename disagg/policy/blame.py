@@ -13,6 +13,10 @@ proved since the last death, so that their number doubles from round to round. A
 second strike for it, but is tried alone from then on. So poison that acts soon costs two engines, and poison that acts late three at most;
 what acts only after it was proved is never found out.
 
+Of an answer that is no stream nothing is seen until it ends. It has its engine to itself for a moment only (`SOLO_S`), and is proved when
+it has run for longer than it had when its engine died (`solitude`). In between it is *free*: others may come, and if the engine dies then,
+it had company, gets no strike, and is tried alone for all of that time.
+
 A request that is new may be poison as well. So that a suspect is not condemned for what a newcomer did, the two keep away from each other
 while a patient caller waits for that (`patient`); an impatient one keeps suspects from one another only, which is never given up.
 
@@ -42,19 +46,27 @@ WELL_S = 5.0
 """Who had given so many tokens, or had run for so long, had run well."""
 MARGIN = 3
 """Tokens that an engine may have made without the router having seen them when it died."""
+SOLO_S = 0.5
+"""For how long a suspect of which no tokens are seen keeps other suspects away, and newcomers as long as these are patient."""
+SOLO_LIMIT_S = 30.0
+"""The same for one that was not alone when a second engine died: what kills later than this is never found out."""
+MARGIN_TIMES = 1.25
+"""An engine may be slower the second time."""
 HISTORY_LIMIT = 64
 
 
 class _Entry:
     """What a fingerprint did."""
 
-    __slots__ = ("is_mild", "past", "strikes", "struck_at")
+    __slots__ = ("alone", "is_mild", "past", "past_s", "strikes", "struck_at")
 
     def __init__(self) -> None:
         self.strikes = 0
         self.struck_at = 0.0
         self.past = 0
+        self.past_s = 0.0
         self.is_mild = False
+        self.alone = False  # it may not be freed before it is proved
 
     def is_over(self, now: float) -> bool:
         return now - self.struck_at >= STRIKE_KEPT_S
@@ -79,6 +91,7 @@ class Ledger:
         self._tried: dict[EngineId, set[int]] = {}  # of these, the suspects: newcomers look at this only, and it is usually empty
         self._trials: dict[int, set[EngineId]] = {}  # where suspects were sent to, by fingerprint: not where a copy was under way already
         self._company: set[tuple[EngineId, int]] = set()  # where suspects were tried beside others
+        self._free: set[tuple[EngineId, int]] = set()  # where suspects run that have had their time alone
         self._proved = 0  # suspects, since the last death
         self.history: list[tuple[float, str]] = []
 
@@ -117,16 +130,27 @@ class Ledger:
     def _leave(self, engine: EngineId, fingerprint: int) -> None:
         """It is on trial there no longer."""
         self._company.discard((engine, fingerprint))
+        self._free.discard((engine, fingerprint))
         _discard(self._tried, engine, fingerprint)
         _discard(self._trials, fingerprint, engine)
 
+    def freed(self, fingerprint: int, engines: Iterable[EngineId]) -> None:
+        """It has had its engines to itself for long enough: others may come. `proved` or `ended` is still to follow."""
+        if fingerprint not in self._entries:
+            return
+        for engine in engines:
+            self._leave(engine, fingerprint)
+            self._free.add((engine, fingerprint))
+        self._proved += 1
+
     def proved(self, fingerprint: int, engines: Iterable[EngineId]) -> None:
         """It got further than `past` says, or came to its end; `ended` is not needed then."""
+        was_free = any((engine, fingerprint) in self._free for engine in engines)
         self.ended(fingerprint, engines)
         entry = self._entries.get(fingerprint)
         if entry is not None and entry.strikes < self._limit:
             del self._entries[fingerprint]
-            self._proved += 1
+            self._proved += not was_free
             for engine in [engine for engine, tried in self._tried.items() if fingerprint in tried]:
                 self._leave(engine, fingerprint)  # copies of it that run are on trial no longer
 
@@ -159,17 +183,23 @@ class Ledger:
         if entry is None or entry.is_over(now):
             entry = self._entries[fingerprint] = _Entry()
         if not entry.strikes or sent_at >= entry.struck_at:
-            is_first, had_company = not entry.strikes, (engine, fingerprint) in self._company
+            is_first, had_company = not entry.strikes, self._had_company(engine, fingerprint)
             if is_first or not had_company:
                 entry.strikes = min(entry.strikes + 1, self._limit)
             entry.is_mild = is_first and (tokens >= WELL_TOKENS or now - sent_at >= WELL_S)
             entry.struck_at = now
             self._proved = 0
+            entry.alone = not is_first and had_company
             entry.past = tokens + MARGIN if tokens else 0
+            entry.past_s = max(0.0, now - sent_at) * MARGIN_TIMES + SOLO_S
             self._entries.move_to_end(fingerprint)
             if len(self._entries) > self._kept:
                 self._entries.popitem(last=False)
         return entry.strikes >= self._limit
+
+    def _had_company(self, engine: EngineId, fingerprint: int) -> bool:
+        """Other suspects ran there, or anybody may have come since it was freed."""
+        return (engine, fingerprint) in self._company or any(place == engine for place, _ in self._free)
 
     # --- what follows
 
@@ -193,6 +223,14 @@ class Ledger:
         """How many tokens it must give to be proved: more than these. 0 for its first."""
         entry = self._entries.get(fingerprint)
         return 0 if entry is None else entry.past
+
+    def solitude(self, fingerprint: int) -> tuple[float, float]:
+        """Of a suspect of which no tokens are seen: seconds until it is to be freed, and until it is to be proved, not before."""
+        entry = self._entries.get(fingerprint)
+        if entry is None:
+            return 0.0, 0.0
+        alone_s = min(entry.past_s, SOLO_LIMIT_S)
+        return (alone_s, alone_s) if entry.alone else (SOLO_S, entry.past_s)
 
     def shut(self, fingerprint: int, now: float, *, patient: bool = True) -> tuple[EngineId, ...] | None:
         """The engines that are closed to it: what is not to be chosen. Usually none, and then this costs nothing.
@@ -231,6 +269,7 @@ class Ledger:
         assert all(all(count > 0 for count in running.values()) for running in self._unproved.values())
         assert all(tried and tried <= self._unproved[engine].keys() for engine, tried in self._tried.items())
         assert all(fingerprint in self._tried.get(engine, ()) for engine, fingerprint in self._company)
+        assert all(fingerprint in self._unproved.get(engine, ()) for engine, fingerprint in self._free)
         assert all(fp in self._tried.get(engine, ()) for fp, engines in self._trials.items() for engine in engines)
         assert all(self._trials.values())
 

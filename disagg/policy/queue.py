@@ -6,7 +6,8 @@ Theory of operation.
   runs on by the tokens of what was dispatched for it, and whose clock shows the earliest time is next. Who had nothing waiting starts at
   the clock of the level, so that a lone request passes the flood of another user. Within a user it is first come, first served.
 * **What does not fit** keeps its place. For a second smaller ones may pass it, of its own user too; then it waits for room with everything
-  behind it, so that big ones are not starved.
+  behind it, so that big ones are not starved. One for which there is room, but not where it may go, stands aside instead: others pass it
+  as if it were not there, and it is still asked first when something changes.
 * **Bounded in time and bytes.** How long an arrival would wait is the tokens that go before it, divided by the measured rate at which
   tokens are released. Over the limit, or close to it, it is sent away at once; if others of lower priority wait, or a user crowds the
   level, their newest goes.
@@ -24,7 +25,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from enum import StrEnum
+from enum import Enum, StrEnum
 from heapq import heapify, heappop, heappush
 from itertools import islice
 from math import ceil, exp, inf
@@ -48,6 +49,7 @@ RETRY_LIMIT_S = 60
 SPREAD_S = 3.0
 
 _LOOK = 8  # so many behind a blocked head are tried
+_LOOK_ASIDE = 32  # of each level so many are asked, if those before them stand aside
 _FEWEST_RELEASES = 4
 _RATE_STEP_S = 0.01
 _HISTORY = 256
@@ -60,6 +62,12 @@ class Place(StrEnum):
     WAITING = "waiting"
     RUNNING = "running"
     GONE = "gone"
+
+
+class Aside(Enum):
+    """There is room, but not for this entry: it must not go where it is."""
+
+    ASIDE = "aside"
 
 
 class Reason(StrEnum):
@@ -512,53 +520,47 @@ class Queue:
 
     # --- departures
 
-    def next(self, fits: Callable[[Entry], T | None], *, now: float) -> tuple[Entry, T] | None:
+    def next(self, fits: Callable[[Entry], T | Aside | None], *, now: float) -> tuple[Entry, T] | None:
         """Dispatches one entry.
 
         Args:
-            fits: says where an entry can go now, and None if nowhere; asked for the first one and a few behind it.
+            fits: says where an entry can go now, and None if nowhere; asked for the first one and a few behind it. `Aside` if others could
+                go there.
             now: monotonic seconds.
 
         Returns:
             The entry and what `fits` said; None if nobody waits or nobody can go.
         """
         self._advance(now)
-        head = self._head()
-        if head is None:
-            return None
-        found = fits(head)
-        if found is not None:
-            return self._take(head, now, in_turn=True), found
-        self._blocked = True
-        if head.head_at is None:
-            head.head_at = now
-        if now - head.head_at >= PASS_S:
-            return None
-        smallest = head.tokens
-        for other in self._followers(head):
-            if other.tokens < smallest:
-                found = fits(other)
-                if found is not None:
-                    return self._take(other, now, in_turn=False), found
-                smallest = other.tokens
-        return None
-
-    def _head(self) -> Entry | None:
-        for priority in reversed(self._order):
-            head = self._levels[priority].head()
-            if head is not None:
-                return head
-        return None
-
-    def _followers(self, head: Entry) -> Iterator[Entry]:
-        left = _LOOK
-        for priority in reversed(self._order):
-            first = self._levels[priority].head()
-            if first is None or not left:
+        head: Entry | None = None
+        tried = smallest = 0
+        for number, entry in enumerate(self._line()):
+            if head is not None and (entry.tokens >= smallest or tried > _LOOK):
                 continue
-            near = [*([] if first is head else [first]), *self._levels[priority].followers(first, left)]
-            yield from near[:left]
-            left -= len(near[:left])
+            found = fits(entry)
+            if isinstance(found, Aside):
+                continue
+            if found is not None:
+                return self._take(entry, now, in_turn=not number), found
+            if head is None:
+                head = entry
+                self._blocked = True
+                if head.head_at is None:
+                    head.head_at = now
+                if now - head.head_at >= PASS_S:
+                    return None
+            smallest = entry.tokens
+            tried += 1
+        return None
+
+    def _line(self) -> Iterator[Entry]:
+        """The first ones of each level, by priority."""
+        for priority in reversed(self._order):
+            level = self._levels[priority]
+            head = level.head()
+            if head is not None:
+                yield head
+                yield from level.followers(head, _LOOK_ASIDE)
 
     def _take(self, entry: Entry, now: float, *, in_turn: bool) -> Entry:
         account = entry.account

@@ -20,7 +20,7 @@ from disagg.errors import DeadlineError, DisaggError, NoCapacityError, ShareErro
 from disagg.model import Choice, ClusterView, EngineId, EngineLoad, EngineView
 from disagg.policy.ledger import RESERVED_TOKENS, Ledger
 from disagg.policy.pace import Pace
-from disagg.policy.queue import Entry, Place, Queue, Reason, Shed
+from disagg.policy.queue import Aside, Entry, Place, Queue, Reason, Shed
 from disagg.policy.route import InFlight, choose, pool_of
 
 Exclude = Callable[[], Collection[EngineId]]
@@ -203,7 +203,7 @@ class Admission:
         queue = self._queue(wanting)
         if not queue.waiting:
             promise = self._try(wanting, exclude)
-            if promise is not None:
+            if isinstance(promise, Promise):
                 now = self._clock()
                 promise.entry = Entry(None, promise.tokens(promise.choice.decode.slot), now, wanting.user, wanting.priority)
                 promise.queue = queue
@@ -223,6 +223,10 @@ class Admission:
         except NoCapacityError:
             return False
         return True
+
+    def has_room(self, wanting: Wanting, exclude: Collection[EngineId]) -> bool:
+        """True when engines have room for it now. Raises UnknownModelError."""
+        return self._find(wanting, exclude) is not None
 
     def somebody(self, wanting: Wanting, exclude: Collection[EngineId]) -> EngineView:
         """An engine that knows the model, with room or without. Raises UnknownModelError, NoCapacityError."""
@@ -262,7 +266,7 @@ class Admission:
     def _pump(self, queue: Queue) -> None:
         """Lets in whoever fits."""
 
-        def fits(entry: Entry) -> Promise | DisaggError | None:
+        def fits(entry: Entry) -> Promise | DisaggError | Aside | None:
             waiter = entry.key
             assert isinstance(waiter, _Waiter)
             try:
@@ -298,8 +302,8 @@ class Admission:
 
     # --- engines
 
-    def _try(self, wanting: Wanting, closed: Exclude | None) -> Promise | None:
-        """A promise, if engines have room. Raises UnknownModelError, ShutOutError."""
+    def _try(self, wanting: Wanting, closed: Exclude | None) -> Promise | Aside | None:
+        """A promise, if engines have room; `Aside` if only those have that it may not go to. Raises UnknownModelError, ShutOutError."""
         exclude: Collection[EngineId] = () if closed is None else closed()
         shut = wanting.shut()
         closed_to_it = shut is None
@@ -308,17 +312,25 @@ class Admission:
             closed_to_it = not self.could_serve(wanting, exclude) and self.could_serve(wanting, left)
         if closed_to_it:
             raise ShutOutError("an engine died, and the others are kept for the requests that it worked on; try again", retry_after_s=2)
+        found = self._find(wanting, exclude)
+        if found is None:
+            return Aside.ASIDE if exclude and self._find(wanting, ()) is not None else None
+        choice, prompt_tokens, tokens = found
+        prefill, decode = choice.prefill, choice.decode
+        wanting.promised((decode.id,) if prefill is None else (prefill.id, decode.id))
+        return self._promise(choice, prompt_tokens, tokens)
+
+    def _find(self, wanting: Wanting, exclude: Collection[EngineId]) -> tuple[Choice, int, int] | None:
+        """Engines with room, and the tokens of a prefill and of a decode engine. Raises UnknownModelError."""
         try:
             choice = self._choose(wanting, exclude)
             prefill, decode = choice.prefill, choice.decode
             prompt_tokens, tokens = self._price(wanting, decode.facts.model, decode.facts.context_tokens)
             if self._is_full(decode, tokens) or (prefill is not None and self._is_full(prefill, prompt_tokens)):
                 choice = self._choose(wanting, [*exclude, *self._all_full(wanting, prompt_tokens, tokens)])
-                prefill, decode = choice.prefill, choice.decode
         except NoCapacityError:
             return None
-        wanting.promised((decode.id,) if prefill is None else (prefill.id, decode.id))
-        return self._promise(choice, prompt_tokens, tokens)
+        return choice, prompt_tokens, tokens
 
     def _choose(self, wanting: Wanting, exclude: Collection[EngineId]) -> Choice:
         pool = pool_of(self._view(), wanting.model)

@@ -158,7 +158,8 @@ def parse_request(route: Route, body: bytes) -> ClientRequest:
         if not body.isascii():
             _check_utf8(body)  # msgspec skips the inside of raw strings: a wrong byte in a prompt is found here
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError(_why_undecodable(error), code="invalid_json", param=_param_of(error)) from error
+        code = "invalid_value" if isinstance(error, msgspec.ValidationError) else "invalid_json"
+        raise RequestError(_why_undecodable(error), code=code, param=_param_of(error)) from error
     _check_nesting(body)
     rest = _without_own_keys(fields, body)
     request = ClientRequest(route, fields.model or "", rest, stream=bool(fields.stream))

@@ -41,8 +41,6 @@ STALE_FATE_S = 0.15
 """The same, where it looks more like an idle connection that the engine had just closed."""
 SUSPECT_WAIT_S = 60.0
 """How long a request that was there when an engine died waits until it may be tried where no other such one is."""
-SOLO_S = 0.5
-"""How long such a request has an engine for itself, where nothing is seen of its answer."""
 PROVE_POLL_S = 0.02
 UNSENT_LIMIT = 8
 """Connections that could not be made cost nothing, but this many of them are no accident."""
@@ -283,7 +281,10 @@ class Owner:
     async def _on_trial(self, trial: Trial, stream: Stream | None) -> None:
         """Proves a suspect that its engine has survived: a stream by its tokens, an answer of which nothing is seen by time."""
         if stream is None:
-            await asyncio.sleep(SOLO_S)
+            free_s, proved_s = trial.solitude
+            await asyncio.sleep(free_s)
+            trial.free()
+            await asyncio.sleep(proved_s - free_s)
         else:
             while stream.journal.events <= trial.past:  # the hot path sets no event
                 await asyncio.sleep(PROVE_POLL_S)
@@ -300,10 +301,18 @@ class Owner:
             raise
         except EngineError as reason:
             resumes["impossible"] += 1
-            raise EngineError(f"{error}; its stream cannot go on elsewhere: {reason}") from error
+            why = self._view().why_not_ready() or "no other engine is there" if reason is error else reason
+            raise EngineError(f"{error}; its stream cannot go on elsewhere: {why}") from error
         if rest:
             self._metrics.replays[_reason(attempt)] += 1
             resumes["resumed"] += 1
+            self._log.info(
+                "a stream goes on elsewhere",
+                request=run.job.record.request_id,
+                engine=attempt.choice.decode.id,
+                events=stream.journal.events,
+                why=_reason(attempt),
+            )
             run.job.ask_for(rest)
             return False
         resumes["completed"] += 1
@@ -317,8 +326,11 @@ class Owner:
             assert run.job.trial is not None
             await self._until_possible(run, self._patience_ends_at(run.job.trial))
             engine = self._admission.somebody(run.job, self._exclude(run))
+            left_s = (run.job.deadline_at or inf) - self._relay.clock()
+            if left_s <= 0:
+                raise DeadlineError("the request's own deadline passed while its stream was prepared to go on")
             try:
-                answer = await self._relay.post(engine, path, content, ASK_LIMIT_S)
+                answer = await self._relay.post(engine, path, content, min(ASK_LIMIT_S, left_s))
                 return msgspec.json.decode(answer, type=dict[str, Any])
             except (EngineError, msgspec.DecodeError) as error:
                 if last or isinstance(error, EngineRefusedError):
@@ -357,9 +369,19 @@ class Owner:
         return run.avoided.options(self._view(), self._relay.clock(), others_only=run.others_only)
 
     def _exclude(self, run: _Run) -> Collection[EngineId]:
-        """The engines that are not to be asked, as things are now: all of them where nobody is left."""
-        possible = self._possible(run)
-        return self._options(run)[0] if possible is None else possible
+        """The engines that are not to be asked, as things are now: all of them where nobody is left.
+
+        An engine that failed it some time ago and has room is better than one that is full: who knows for how long.
+        """
+        possible, options, admission = self._possible(run), self._options(run), self._admission
+        if possible is None:
+            return options[0]
+        if run.others_only or admission.has_room(run.job, possible):
+            return possible
+        trial = run.job.trial
+        assert trial is not None
+        last = [*options[-1], *(trial.shut() or ())]
+        return last if admission.has_room(run.job, last) else possible
 
     def _possible(self, run: _Run) -> Collection[EngineId] | None:
         """The same, with those that are closed to it; None where nobody is left."""

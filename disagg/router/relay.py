@@ -454,7 +454,7 @@ class Relay:
             EngineError: there is none within `limit_s` seconds, or it is an error.
         """
         upstream = self._upstream(engine)
-        connection = await upstream.connect(self._limits.connect_s)  # a new one: none that the engine may just be closing
+        connection = await upstream.connect(min(limit_s, self._limits.connect_s))  # a new one: none that the engine may just be closing
         exchange = _Exchange(engine, self.loop.create_future())
         connection.send(exchange, upstream.request(path, body))
         try:

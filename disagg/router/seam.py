@@ -91,7 +91,7 @@ OBSTACLES = (
     Obstacle("tools", "a tool call may be half parsed", _tools),
     Obstacle(
         "penalties",
-        "they count the tokens of the answer, which would be a prompt",
+        "they count the tokens of the answer, which would be part of the prompt then",
         _any_of("frequency_penalty", "presence_penalty", "repetition_penalty"),
     ),
     Obstacle("min_tokens", "it counts from the answer's beginning", _any_of("min_tokens", "min_new_tokens")),
@@ -156,7 +156,7 @@ def why_not(route: Route, fields: Fields, said: Said) -> str:
     if route is Route.GENERATE:
         fields = {**fields, **sampling_of(route, fields)}
     found = next((o for o in OBSTACLES if o.is_there(fields)), None)
-    return "" if found is None else f"{found.name}: {found.why}"
+    return "" if found is None else f"it uses {found.name} ({found.why})"
 
 
 def question(route: Route, fields: Fields) -> tuple[Sequence[int] | None, dict[str, Any]]:

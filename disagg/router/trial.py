@@ -83,6 +83,17 @@ class Trial:
         """It came further than where its engine had died, or to its end."""
         self._settle(self._ledger.proved)
 
+    @property
+    def solitude(self) -> tuple[float, float]:
+        """For an answer of which no tokens are seen: seconds until it is to be freed, and until it is to be proved."""
+        return self._ledger.solitude(self.fingerprint)
+
+    def free(self) -> None:
+        """It has been alone for long enough."""
+        if self._engines:
+            self._ledger.freed(self.fingerprint, self._engines)
+            self._on_room()
+
     def end(self) -> None:
         """It runs there no longer, which proves nothing."""
         self._settle(self._ledger.ended)

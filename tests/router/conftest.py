@@ -65,6 +65,7 @@ async def running_rig(
     models: dict[int, str] | None = None,
     canaries: bool = False,
     behave: Behaviour | None = None,
+    places: int = 0,
     **settings: Any,
 ) -> AsyncIterator[Rig]:
     log = make_logger("error", "text")
@@ -74,6 +75,7 @@ async def running_rig(
             number = sum(r is role for r in roles[:i])
             engines.append(await stack.enter_async_context(fake_engine(role, number, (models or {}).get(i, "fake"))))
             engines[-1].behave = behave or engines[-1].behave
+            engines[-1].places = places
         section = RouterSection(http=f"127.0.0.1:{free_port()}", admin=f"127.0.0.1:{free_port()}", **{"probe_interval_s": 0.2, **settings})
         config = Config(router=section, observe=ObserveSection(log_level="error"))
         router = await stack.enter_async_context(router_running(config, [e.address for e in engines], log, canaries=canaries))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from disagg.model import Role
-from disagg.policy.blame import Ledger
+from disagg.policy.blame import SOLO_S, Ledger
 from disagg.policy.replay import SAME_AGAIN_S
 from disagg.router.openai import Route, parse_event
 from disagg.router.trial import PATIENCE_S, Trial
@@ -23,10 +23,15 @@ POISON = {**CHAT, "messages": [{"role": "user", "content": "the marker that kill
 
 
 class Ward:
-    """Engines that die of the marker, with all that they work on."""
+    """Engines that die of the marker, with all that they work on.
 
-    def __init__(self, rig: Rig) -> None:
+    Args:
+        acts_s: so long after it came.
+    """
+
+    def __init__(self, rig: Rig, acts_s: float = 0.0) -> None:
         self.rig = rig
+        self.acts_s = acts_s
         self.deaths = 0
         self.killing: list[asyncio.Future[None]] = []
         self.spared = asyncio.Event()  # as long as it is not set, the marker makes work and kills nobody
@@ -40,6 +45,7 @@ class Ward:
         if b"the marker that kills" in call.raw:
             self.tried += 1
             await self.spared.wait()
+            await asyncio.sleep(self.acts_s)
             await self.kill(call.engine)
         await answer_well(call)
 
@@ -79,6 +85,19 @@ async def test_poison_kills_two_engines_and_no_innocent_is_lost(probe_interval_s
         assert ward.deaths == 2
         again = await status(rig, POISON)
         assert (again[0], ward.deaths) == (500, 2), "it is refused at the door"
+        await nothing_left(rig)
+
+
+async def test_poison_in_a_whole_answer_is_found_out_though_it_acts_after_its_time_alone() -> None:
+    """Nothing is seen of such an answer: how long it has run is all that can prove it."""
+    async with running_rig(*[Role.UNIFIED] * 5) as rig:
+        ward = Ward(rig, acts_s=2 * SOLO_S)
+        good, bad = await flood(rig)
+        assert [code for code, _ in good] == [200] * INNOCENTS
+        assert [(code, answer["error"]["code"]) for code, answer in bad] == [(500, "request_crashed_engine")]
+        assert ward.deaths == 3
+        again = await status(rig, POISON)
+        assert (again[0], ward.deaths) == (500, 3), "it is refused at the door"
         await nothing_left(rig)
 
 
