@@ -25,6 +25,7 @@ RESTART_LIMIT_S = 30.0
 TOKENS = 24
 # Steps that last as long as a big model's, so that each phase can be met: 30 ms a step, and 0.2 ms a prompt token.
 PACED = ("--engine-arg=--paced", "--engine-arg=30,0.2;30,0")
+PROMPT = 3000
 _SEEDS = itertools.count(1)
 
 
@@ -36,7 +37,7 @@ async def until(condition: Any, limit_s: float = 10.0) -> None:
 
 async def ask(session: aiohttp.ClientSession, cluster: Cluster, *, stream: bool, seed: int) -> tuple[int, Mapping[str, str], bytes]:
     body = {
-        "input_ids": prompt_ids(3000, seed),
+        "input_ids": prompt_ids(PROMPT, seed),
         "sampling_params": {"max_new_tokens": TOKENS, "temperature": 0, "ignore_eos": True},
         "stream": stream,
     }
@@ -98,8 +99,11 @@ def is_in(phase: str, prefill: Mapping[str, Any] | None, decode: Mapping[str, An
 class Watched:
     """Engines that were idle when the watch began."""
 
-    def __init__(self, session: aiohttp.ClientSession, engines: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, cluster: Cluster, engines: list[dict[str, Any]], before: list[dict[str, Any]]
+    ) -> None:
         self._session = session
+        self._cluster = cluster
         self._engines = engines
         self._before = before
 
@@ -107,7 +111,12 @@ class Watched:
     async def idle(cls, session: aiohttp.ClientSession, cluster: Cluster) -> Watched:
         await all_idle(session, cluster)
         engines = await asyncio.to_thread(cluster.engines)
-        return cls(session, engines, [await load_of(session, e) for e in engines])
+        return cls(session, cluster, engines, [await load_of(session, e) for e in engines])
+
+    async def _of_the_request(self) -> set[str]:
+        """The engines that the router says are at work for it. A canary may be under way on others: its prompt is small."""
+        async with self._session.get(self._cluster.admin + "/admin/kv") as response:
+            return {hold["engine"] for hold in (await response.json())["holds"] if hold["tokens"] >= PROMPT}
 
     async def until_in(self, phase: str) -> dict[str, dict[str, Any]]:
         """Waits until the one request there is is in this phase. Returns its two engines by role."""
@@ -115,11 +124,12 @@ class Watched:
         async with asyncio.timeout(10):
             while True:
                 loads = {}
+                its_own = await self._of_the_request()
                 now = await asyncio.gather(*(load_of(self._session, e) for e in self._engines))
                 for engine, load, idle in zip(self._engines, now, self._before, strict=True):
                     load["prefilled"] = load["total_prefill_uncached_tokens"] - idle["total_prefill_uncached_tokens"]
                     queued = load["decode_prealloc_queue_reqs"] + load["decode_transfer_queue_reqs"] + load["prefill_inflight_queue_reqs"]
-                    if queued or not holds_nothing(load):
+                    if engine["id"] in its_own and (queued or not holds_nothing(load)):
                         loads[engine["role"]] = load
                         pair[engine["role"]] = engine
                 if len(pair) == 2 and is_in(phase, loads.get("prefill"), loads.get("decode")):
