@@ -295,7 +295,14 @@ async def router_running(
         await _listen_admin(
             stack,
             config,
-            admin_app(view=lambda: controller.view, prefixes=controller.prefixes, relay=relay, metrics=metrics, orders=orders),
+            admin_app(
+                view=lambda: controller.view,
+                why_not_ready=listener.why_not_ready,
+                prefixes=controller.prefixes,
+                relay=relay,
+                metrics=metrics,
+                orders=orders,
+            ),
         )
         door = await _listen_public(stack, config, listener, public)
         group.create_task(controller.run(), name="controller")

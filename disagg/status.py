@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 WELL = frozenset({"ready", "online"})
+GONE = frozenset({"dead", "held"})
+"""Nothing runs there: what was reported last is the past."""
 _WORTH_SAYING = (", but ", "; ")
 """What joins something that is not well to the reason of something that is."""
 
@@ -27,15 +29,23 @@ def table(cluster: Mapping[str, Any]) -> str:
     cut = [(f"{c['prefill']} with {c['decode']}", str(c["reason"])) for c in cluster.get("cut", [])]
     if cut:
         parts.append(_columns(("CUT", "WHY (the router tries again by itself)"), cut))
-    parts.append("Requests can be served." if cluster.get("ready") else f"No request can be served: {cluster.get('reason', 'unknown')}.")
+    served = "Requests can be served." if cluster.get("ready") else f"No request can be served: {cluster.get('reason', 'unknown')}."
+    parts.append(" ".join([served, *_requests(cluster.get("requests", {}))]))
     return "\n\n".join(parts)
+
+
+def _requests(requests: Mapping[str, Any]) -> list[str]:
+    """Sentences about requests that are not served at once; none where all are."""
+    waiting, sent_away = requests.get("waiting", 0), requests.get("sent_away", 0)
+    said = [f"{waiting} of {requests['inflight']} wait for room."] if waiting else []
+    return [*said, f"{sent_away} were sent away since the router started."] if sent_away else said
 
 
 def _row(engine: Mapping[str, Any]) -> tuple[str, ...]:
     load = engine["load"]
     total = load["kv_total_tokens"]
     used = f"{100 * load['kv_used_tokens'] // total} %" if total else "-"
-    counts = (str(load["running"]), str(load["waiting"]), used)
+    counts = ("-", "-", "-") if engine["state"] in GONE else (str(load["running"]), str(load["waiting"]), used)
     return (engine["id"], engine["host"], engine["role"], engine["state"], *counts, engine["model"] or "-", engine["url"], _why(engine))
 
 

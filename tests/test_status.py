@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from disagg.status import hosts_table, table
 
 
@@ -39,6 +41,19 @@ def test_what_is_not_well_says_why() -> None:
     text = table(cluster(engine(state="suspect", reason="it refused a connection"), ready=False, reason="no ready decode engine"))
     assert "it refused a connection" in text
     assert text.endswith("No request can be served: no ready decode engine.")
+
+
+@pytest.mark.parametrize("state", ["dead", "held"])
+def test_of_an_engine_that_is_gone_no_load_is_shown(state: str) -> None:
+    assert f"decode  {state}" in table(cluster(engine(state=state)))
+    assert "-    -     -   m" in table(cluster(engine(state=state)))
+
+
+def test_who_waits_and_who_was_sent_away_is_counted() -> None:
+    shown = {**cluster(engine()), "requests": {"inflight": 9, "waiting": 2, "sent_away": 40}}
+    assert table(shown).endswith("Requests can be served. 2 of 9 wait for room. 40 were sent away since the router started.")
+    calm = {**cluster(engine()), "requests": {"inflight": 9, "waiting": 0, "sent_away": 0}}
+    assert table(calm).endswith("Requests can be served.")
 
 
 def test_an_engine_that_is_ready_but_never_paired_says_why() -> None:

@@ -67,11 +67,26 @@ class _OrderBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def admin_app(
-    *, view: Callable[[], ClusterView], prefixes: PrefixIndex, relay: Relay, metrics: RouterMetrics, orders: Orders
+    *,
+    view: Callable[[], ClusterView],
+    why_not_ready: Callable[[], str],
+    prefixes: PrefixIndex,
+    relay: Relay,
+    metrics: RouterMetrics,
+    orders: Orders,
 ) -> web.Application:
-    """The aiohttp application."""
+    """The aiohttp application.
+
+    Args:
+        view: what the router knows of its engines.
+        why_not_ready: why no request can be served, one sentence; empty when they can.
+        prefixes: what engines say of their prefix caches.
+        relay: whose requests and holds are shown.
+        metrics: what is counted.
+        orders: who takes orders.
+    """
     app = web.Application(middlewares=[_guard], client_max_size=64 * 1024)
-    _Looks(view, prefixes, relay, metrics, orders).route(app)
+    _Looks(view, why_not_ready, prefixes, relay, metrics, orders).route(app)
     _Doings(orders).route(app)
     return app
 
@@ -80,9 +95,16 @@ class _Looks:
     """What changes nothing."""
 
     def __init__(
-        self, view: Callable[[], ClusterView], prefixes: PrefixIndex, relay: Relay, metrics: RouterMetrics, orders: Orders
+        self,
+        view: Callable[[], ClusterView],
+        why_not_ready: Callable[[], str],
+        prefixes: PrefixIndex,
+        relay: Relay,
+        metrics: RouterMetrics,
+        orders: Orders,
     ) -> None:
         self._view = view
+        self._why_not_ready = why_not_ready
         self._prefixes = prefixes
         self._relay = relay
         self._metrics = metrics
@@ -103,7 +125,9 @@ class _Looks:
         return web.Response(body=self._metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _get_cluster(self, _: web.Request) -> web.Response:
-        return _json(cluster_json(self._view(), self._prefixes))
+        metrics, why = self._metrics, self._why_not_ready()
+        requests = {"inflight": metrics.inflight, "waiting": metrics.waiting(), "sent_away": metrics.shed.total()}
+        return _json({**cluster_json(self._view(), self._prefixes), "requests": requests, "ready": not why, "reason": why})
 
     async def _get_requests(self, _: web.Request) -> web.Response:
         records = reversed(self._relay.records.values())
@@ -210,7 +234,7 @@ def _error(status: int, sentence: str) -> web.Response:
 
 
 def cluster_json(view: ClusterView, prefixes: PrefixIndex) -> dict[str, Any]:
-    """The view in the shape of ``GET /admin/cluster``."""
+    """Hosts, engines and pairs in the shape of ``GET /admin/cluster``."""
     engines = [
         {
             "id": e.id,
@@ -239,8 +263,7 @@ def cluster_json(view: ClusterView, prefixes: PrefixIndex) -> dict[str, Any]:
     given = [{"id": name} for name in sorted({e.address.host for e in view.engines if not e.host})]
     bad = [{"prefill": p, "decode": d, "reason": reason} for (p, d), reason in view.quarantined.items()]
     cut = [{"prefill": p, "decode": d, "reason": reason} for (p, d), reason in view.cut.items()]
-    why = view.why_not_ready()
-    return {"hosts": joined + given, "engines": engines, "quarantined": bad, "cut": cut, "ready": not why, "reason": why}
+    return {"hosts": joined + given, "engines": engines, "quarantined": bad, "cut": cut}
 
 
 def _cache_json(standing: Standing | None) -> dict[str, Any]:

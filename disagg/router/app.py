@@ -10,6 +10,7 @@ import asyncio
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from math import inf
 from typing import Any
 
 import structlog
@@ -36,6 +37,7 @@ from disagg.router.stream import Stream
 KEEPALIVE_S = 75.0
 LARGE_BODY = 256 * 1024
 """A larger body is parsed in a thread, one at a time, so that the loop turns meanwhile."""
+TELL_SHED_S = 10.0
 SAMPLES_LIMIT = 64 * 1024 * 1024
 """Bytes that one request may become when it is split into samples."""
 
@@ -87,6 +89,8 @@ class PublicListener:
         self._reader = ThreadPoolExecutor(1, "large bodies")
         self._started_at = started_at
         self._log = log
+        self._shed_told = 0
+        self._shed_told_at = -inf
 
     def server(self) -> Server:
         """The protocol factory to listen with.
@@ -248,6 +252,7 @@ class PublicListener:
         record.error = str(error)
         if isinstance(error, NoCapacityError):
             self._metrics.shed[error.reason] += 1
+            self._tell_of_shed()
         if record.outcome not in _QUIET:
             self._log.warning("request failed", request=client.request_id, outcome=record.outcome, error=str(error))
         if isinstance(error, ClientGoneError):
@@ -259,6 +264,15 @@ class PublicListener:
             retry = f"Retry-After: {error.retry_after_s}\r\n" if isinstance(error, NoCapacityError) else ""
             choice = record.trail[-1][0] if record.trail else None
             client.send_whole(error.status, error_body(error), choice=choice, attempt=len(record.trail), extra=retry)
+
+    def _tell_of_shed(self) -> None:
+        """Says that requests are sent away: at once, then not more often than every `TELL_SHED_S`."""
+        now, shed = self._relay.clock(), self._metrics.shed
+        if now < self._shed_told_at + TELL_SHED_S:
+            return
+        total = shed.total()
+        self._log.warning("requests were sent away", since_the_last_line=total - self._shed_told, **shed)
+        self._shed_told, self._shed_told_at = total, now
 
     # --- the rest
 
@@ -281,8 +295,12 @@ class PublicListener:
         contexts = {name: min((e.facts.context_tokens for e in (*p.decode, *p.unified)), default=0) for name, p in pools.items()}
         return web.Response(body=models_body(contexts, created=self._started_at), content_type="application/json")
 
+    def why_not_ready(self) -> str:
+        """One sentence; empty when requests can be served."""
+        return "this router is shutting down" if self.draining else self._view().why_not_ready()
+
     def _ready(self) -> web.Response:
-        reason = "this router is shutting down" if self.draining else self._view().why_not_ready()
+        reason = self.why_not_ready()
         if not reason:
             return web.json_response({"status": "ready"})
         return error_response(503, reason, headers={"Retry-After": "2"})

@@ -66,9 +66,10 @@ async def running_rig(
     canaries: bool = False,
     behave: Behaviour | None = None,
     places: int = 0,
+    log: structlog.typing.FilteringBoundLogger | None = None,
     **settings: Any,
 ) -> AsyncIterator[Rig]:
-    log = make_logger("error", "text")
+    log = log or make_logger("error", "text")
     async with AsyncExitStack() as stack:
         engines = []
         for i, role in enumerate(roles):

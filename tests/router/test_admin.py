@@ -6,11 +6,12 @@ import asyncio
 from typing import Any
 
 import pytest
+import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
 from disagg.cluster import orphans
 from tests.fake_engine import Call, answer_well, until
-from tests.router.conftest import CHAT, Rig
+from tests.router.conftest import CHAT, Rig, running_rig
 
 
 async def test_the_cluster_is_shown_as_the_contract_says(rig: Rig) -> None:
@@ -23,6 +24,29 @@ async def test_the_cluster_is_shown_as_the_contract_says(rig: Rig) -> None:
     assert (engine["role"], engine["state"], engine["model"]) == ("decode", "ready", "fake")
     assert set(engine["load"]) == {"running", "waiting", "kv_used_tokens", "kv_total_tokens", "kv_quarantined_tokens"}
     assert engine["load"]["kv_total_tokens"] == 16384
+
+
+async def test_who_is_sent_away_is_counted_and_told_in_one_line_for_many() -> None:
+    told = structlog.testing.CapturingLogger()
+    async with running_rig(
+        wait=False, queue_timeout_s=0.05, log=structlog.wrap_logger(told, processors=[lambda _, __, event: ((), event)])
+    ) as rig:
+        for _ in range(3):
+            async with await rig.post(CHAT) as response:
+                assert response.status == 503
+        async with await rig.session.get(rig.admin + "/admin/cluster") as response:
+            cluster = await response.json()
+    assert cluster["requests"] == {"inflight": 0, "waiting": 0, "sent_away": 3}
+    assert cluster["ready"] is False
+    lines = [call for call in told.calls if call.kwargs.get("event") == "requests were sent away"]
+    assert [line.kwargs["since_the_last_line"] for line in lines] == [1], "the next line comes after some seconds, and counts all"
+
+
+async def test_a_router_that_is_shutting_down_says_so(rig: Rig) -> None:
+    rig.router.listener.draining = True
+    async with await rig.session.get(rig.admin + "/admin/cluster") as response:
+        cluster = await response.json()
+    assert (cluster["ready"], cluster["reason"]) == (False, "this router is shutting down")
 
 
 async def test_metrics_count_requests_by_route_and_outcome(rig: Rig) -> None:
