@@ -41,6 +41,7 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.policy.replay",
             "disagg.policy.queue",
             "disagg.policy.blame",
+            "disagg.policy.cost",
             "disagg.policy.eject",
             "disagg.policy.pace",
             "disagg.policy.route",
