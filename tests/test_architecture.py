@@ -40,6 +40,7 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.policy.prefix",
             "disagg.policy.replay",
             "disagg.policy.queue",
+            "disagg.policy.balance",
             "disagg.policy.blame",
             "disagg.policy.cost",
             "disagg.policy.eject",
