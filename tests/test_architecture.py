@@ -36,6 +36,7 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.engines.restart",
             "disagg.engines.sglang",
             "disagg.policy.ledger",
+            "disagg.policy.history",
             "disagg.policy.holds",
             "disagg.policy.prefix",
             "disagg.policy.replay",
