@@ -1,0 +1,332 @@
+"""What work costs an engine: passes over prompts, steps of a batch, transfers of KV. Fitted while the engine works. Pure.
+
+Theory of operation. Three lines say how long things take; all their coefficients are at least 0:
+
+    a pass over prompts      a + b·Σn + c·Σ((p+n)² - p²)      n new tokens of a prompt after p cached ones      (DistServe, OSDI'24)
+    a step of a batch        a + b·B + c·ΣKV                  B running requests with ΣKV tokens between them   (DistServe; Splitwise)
+    a transfer               a + b·bytes                      round trips, and the time of a byte
+
+A `Fit` holds one line of one engine (or pair). It keeps few samples, of all sizes: the newest of each *class* of work, where a class is a
+power of two in each feature, so that a thousand short prompts do not make it forget what a long one costs. Old samples count less. The
+line is the non-negative least-squares fit of these samples in relative terms (an error of 10 % weighs the same at 5 ms and at 5 s), made
+anew with less weight for those that lie off (Huber), so that one prompt that waited for something else does not bend it. Before there are
+samples, a *prior* stands in for them: a line that was measured elsewhere, taken at some points, which count less with every real sample.
+
+Robust fits are slow to believe that the engine itself has changed. So the last samples are compared with what the line said before it
+knew them: when all of them lie off by more than `SHIFT` in the same direction, the engine has become slower or faster as a whole, and
+what is remembered is scaled by the middle one. Its shape stays until new samples say otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from itertools import combinations
+from operator import mul
+from statistics import median
+
+import msgspec
+
+Line = tuple[float, ...]
+"""Coefficients: seconds, then seconds for each unit of each feature."""
+Features = tuple[float, ...]
+"""What a piece of work is, without the constant: (Σn, Σ((p+n)² - p²)), (B, ΣKV) or (bytes,)."""
+
+CLASS_LIMIT = 4
+"""Samples of a class; the newest stay."""
+CLASSES_LIMIT = 32
+"""Those that were fed last stay."""
+HALF_LIFE_S = 600.0
+"""After so long a sample counts half."""
+PRIOR_SAMPLES = 8
+"""A prior counts as much as so many samples at first, half of that when there are as many real ones, and so on."""
+ENOUGH = 8
+"""Real samples from which on a line without a prior is believed."""
+RECENT = 5
+SHIFT = 1.5
+"""Times as long, or as short: a line that is wrong by this much, `RECENT` times in a row and always in one direction, has changed."""
+ERRORS_LIMIT = 64
+"""Predictions of which the error is known."""
+REFIT_S = 1.0
+_POWERS = (1, 1, 2, 2, 2)
+"""Of the weight of what lies off, by round."""
+_HUBER = 1.5
+_LEAST_SPREAD = 0.02
+_LEAST_S = 1e-6
+
+
+def square(cached: int, new: int) -> int:
+    """What attention does for a prompt, in tokens²: (p+n)² - p²."""
+    return (cached + new) ** 2 - cached**2
+
+
+def at(line: Line, features: Features) -> float:
+    """What a line says, in seconds."""
+    return line[0] + sum(c * x for c, x in zip(line[1:], features, strict=True))
+
+
+class Prior(msgspec.Struct, frozen=True):
+    """A line that was measured elsewhere.
+
+    Attributes:
+        line: its coefficients.
+        points: work at which it was measured, or at least makes sense.
+        origin: for people, as "4x A100, a 70B model".
+    """
+
+    line: Line
+    points: tuple[Features, ...]
+    origin: str
+
+
+class Trust(msgspec.Struct, frozen=True):
+    """How far a line can be believed.
+
+    Attributes:
+        samples: real ones, ever.
+        error: of the last predictions, the middle relative one; None before there were any.
+        doubt: why it is not to be trusted at the moment; empty if it is.
+    """
+
+    samples: int
+    error: float | None
+    doubt: str
+
+
+class _Sample:
+    __slots__ = ("at", "features", "seconds")
+
+    def __init__(self, features: Features, seconds: float, at: float) -> None:
+        self.features = features
+        self.seconds = seconds
+        self.at = at
+
+
+class Fit:
+    """One line, and what it was made of.
+
+    Args:
+        features: how many there are.
+        prior: what is believed before anything was seen.
+    """
+
+    __slots__ = ("_classes", "_count", "_errors", "_features", "_fitted_at", "_line", "_prior", "_recent", "_scale", "_shifted", "_stale")
+
+    def __init__(self, features: int, prior: Prior | None = None) -> None:
+        if prior is not None and {features} != {len(prior.line) - 1, *map(len, prior.points)}:
+            raise ValueError(f"a prior for {features} features has {features + 1} coefficients and points of {features} numbers")
+        self._features = features
+        self._prior = prior
+        self._classes: dict[tuple[int, ...], deque[_Sample]] = {}  # the one that was fed last stands last
+        self._count = 0
+        self._recent: deque[float] = deque(maxlen=RECENT)  # logarithms of seen over predicted
+        self._errors: deque[float] = deque(maxlen=ERRORS_LIMIT)
+        self._line: Line | None = None if prior is None else prior.line
+        self._scale = 1.0  # of the prior
+        self._shifted = 0.0  # the scale of the last shift; 0 for none
+        self._fitted_at = -math.inf
+        self._stale = False
+
+    # --- what happens
+
+    def seen(self, features: Features, seconds: float, *, now: float) -> None:
+        """A piece of work was done.
+
+        Args:
+            features: what it was; none of them below 0.
+            seconds: how long it took. What is not above 0, or not a number, is no measurement and counts for nothing.
+            now: when it was done.
+        """
+        if len(features) != self._features:
+            raise ValueError(f"{len(features)} features for a line of {self._features}")
+        if not (math.isfinite(seconds) and seconds > 0.0 and all(math.isfinite(x) and x >= 0.0 for x in features)):
+            return
+        self._compare(features, seconds, now)
+        self._count += 1
+        key = tuple(int(x).bit_length() for x in features)
+        kept = self._classes.pop(key, None) or deque(maxlen=CLASS_LIMIT)
+        kept.append(_Sample(features, seconds, now))
+        self._classes[key] = kept
+        while len(self._classes) > CLASSES_LIMIT:
+            self._classes.pop(next(iter(self._classes)))
+        self._stale = True
+
+    def _compare(self, features: Features, seconds: float, now: float) -> None:
+        """The prediction comes before the sample: an error of what was known already says nothing."""
+        line = self.line(now=now)
+        if line is None:
+            return
+        said = max(at(line, features), _LEAST_S)
+        self._errors.append(abs(said - seconds) / seconds)
+        self._recent.append(math.log(seconds / said))
+        least = min(self._recent, key=abs)
+        if len(self._recent) < RECENT or abs(least) < math.log(SHIFT) or any((r > 0) != (least > 0) for r in self._recent):
+            return
+        self._shift(math.exp(median(self._recent)))
+
+    def _shift(self, scale: float) -> None:
+        """What it did before it changed would have taken so many times as long now."""
+        for kept in self._classes.values():
+            for sample in kept:
+                sample.seconds *= scale
+        self._scale *= scale
+        self._shifted = scale
+        self._recent.clear()
+        self._errors.clear()
+        self._line = None if self._line is None else tuple(c * scale for c in self._line)
+        self._stale = True
+        self._fitted_at = -math.inf
+
+    def forget(self) -> None:
+        """It is another process, or has another role: the prior is all that is known."""
+        self.__init__(self._features, self._prior)  # type: ignore[misc]  # there is nothing that must outlive it
+
+    # --- what follows
+
+    def line(self, *, now: float) -> Line | None:
+        """The coefficients; None as long as nothing is known. Fitted anew when there are new samples, not oftener than every `REFIT_S`."""
+        if self._stale and (now - self._fitted_at >= REFIT_S or self._count <= ENOUGH):
+            self._line = self._fit(now)
+            self._stale = False
+            self._fitted_at = now
+        return self._line
+
+    def predict(self, features: Features, *, now: float) -> float | None:
+        """Seconds that this work would take; None as long as nothing is known."""
+        line = self.line(now=now)
+        return None if line is None else at(line, features)
+
+    @property
+    def trust(self) -> Trust:
+        """Whether to believe it."""
+        error = median(self._errors) if self._errors else None
+        return Trust(self._count, error, self._doubt(error))
+
+    def _doubt(self, error: float | None) -> str:
+        if self._shifted and len(self._errors) < RECENT:
+            times = f"{self._shifted:.1f} times slower" if self._shifted > 1 else f"{1 / self._shifted:.1f} times faster"
+            return f"it has just become {times} than it was"
+        if self._count < ENOUGH:
+            return f"{self._count} samples so far" + ("" if self._prior is None else f"; taken from {self._prior.origin}")
+        if error is not None and error > SHIFT - 1:
+            return f"its predictions are off by {error:.0%}"
+        return ""
+
+    def _fit(self, now: float) -> Line | None:
+        rows, seconds, weights = [], [], []
+        for kept in self._classes.values():
+            for sample in kept:
+                rows.append((1.0, *sample.features))
+                seconds.append(sample.seconds)
+                weights.append(0.5 ** (max(0.0, now - sample.at) / HALF_LIFE_S))
+        if self._prior is None:
+            if len(rows) <= self._features:
+                return self._line
+        else:
+            share = PRIOR_SAMPLES / (1 + self._count / PRIOR_SAMPLES) / len(self._prior.points)
+            for point in self._prior.points:
+                rows.append((1.0, *point))
+                seconds.append(max(at(self._prior.line, point) * self._scale, _LEAST_S))
+                weights.append(share)
+        return robust_line(rows, seconds, weights)
+
+    def check(self) -> None:
+        """Asserts what is always true."""
+        assert self._line is None or (len(self._line) == self._features + 1 and min(self._line) >= 0.0)
+        assert all(0 < len(kept) <= CLASS_LIMIT for kept in self._classes.values())
+        assert len(self._classes) <= CLASSES_LIMIT
+
+    def __repr__(self) -> str:
+        line = "unknown" if self._line is None else " + ".join(f"{c:.3g}" for c in self._line)
+        return f"<Fit {line} of {self._count} samples>"
+
+
+# --- least squares
+
+
+def robust_line(rows: Sequence[Line], seconds: Sequence[float], weights: Sequence[float]) -> Line:
+    """The line that fits best in relative terms, with no coefficient below 0; what lies far off counts little.
+
+    Iteratively reweighted least squares over the non-negative fit of each round, with Huber's weights (P. J. Huber, 1964) in the first
+    rounds and their squares in the last. Errors are relative to what the line of the round before says, not to what was seen: what took a
+    twentieth of its time because it was not what it was taken for would weigh four hundredfold otherwise. The first round has no line, and
+    takes what was seen, or the middle of it all where that is more.
+
+    Args:
+        rows: features with the constant 1 in front, shape (m, k); m at least 1.
+        seconds: shape (m,), all above 0.
+        weights: shape (m,), none below 0.
+
+    Returns:
+        k coefficients.
+    """
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    middle = _middle(seconds, weights)
+    units = [max(y, middle) for y in seconds]
+    kept = list(weights)
+    line: Line = ()
+    for power in _POWERS:
+        line = _non_negative(columns, seconds, [w / unit**2 for w, unit in zip(kept, units, strict=True)])
+        units = [
+            max(said, _LEAST_S)
+            for said in map(sum, zip(*([c * x for x in column] for c, column in zip(line, columns, strict=True)), strict=True))
+        ]
+        residuals = [abs(y / unit - 1.0) for y, unit in zip(seconds, units, strict=True)]
+        limit = _HUBER * max(_LEAST_SPREAD, 1.4826 * _middle(residuals, weights))
+        kept = [w if r <= limit else w * (limit / r) ** power for w, r in zip(weights, residuals, strict=True)]
+    return line
+
+
+def _middle(values: Sequence[float], weights: Sequence[float]) -> float:
+    """The weighted median."""
+    half, total = sum(weights) / 2, 0.0
+    pairs = sorted(zip(values, weights, strict=True))
+    for value, weight in pairs:
+        total += weight
+        if total >= half:
+            return value
+    return pairs[-1][0]
+
+
+def _non_negative(columns: Sequence[Sequence[float]], targets: Sequence[float], weights: Sequence[float]) -> Line:
+    """The weighted fit. With three coefficients there are seven ways to set some of them to 0: the best valid one is the answer."""
+    size = len(columns)
+    tops = [max(column) or 1.0 for column in columns]
+    weighted = [list(map(mul, column, weights)) for column in columns]
+    sums = [sum(map(mul, column, targets)) / top for column, top in zip(weighted, tops, strict=True)]
+    products = [[sum(map(mul, weighted[i], columns[j])) / (tops[i] * tops[j]) for j in range(size)] for i in range(size)]
+    best, best_gain = (0.0,) * size, 0.0
+    for count in range(size, 0, -1):
+        for chosen in combinations(range(size), count):
+            found = _solve([[products[i][j] for j in chosen] for i in chosen], [sums[i] for i in chosen])
+            if found is None or min(found) < 0.0:
+                continue
+            gain = sum(x * sums[i] for x, i in zip(found, chosen, strict=True))  # by how much the squared error is less than without a line
+            if gain > best_gain * (1 + 1e-12):
+                best_gain = gain
+                whole = [0.0] * size
+                for x, i in zip(found, chosen, strict=True):
+                    whole[i] = x / tops[i]
+                best = tuple(whole)
+    return best
+
+
+def _solve(matrix: list[list[float]], right: list[float]) -> list[float] | None:
+    """Gauss's elimination with pivots; None where the samples do not tell these coefficients apart."""
+    size = len(right)
+    rows = [[*row, x] for row, x in zip(matrix, right, strict=True)]
+    largest = max(abs(x) for row in matrix for x in row)
+    for column in range(size):
+        pivot = max(range(column, size), key=lambda i: abs(rows[i][column]))
+        if abs(rows[pivot][column]) <= 1e-10 * largest:
+            return None
+        rows[column], rows[pivot] = rows[pivot], rows[column]
+        for i in range(column + 1, size):
+            factor = rows[i][column] / rows[column][column]
+            for j in range(column, size + 1):
+                rows[i][j] -= factor * rows[column][j]
+    found = [0.0] * size
+    for i in range(size - 1, -1, -1):
+        found[i] = (rows[i][size] - sum(rows[i][j] * found[j] for j in range(i + 1, size))) / rows[i][i]
+    return found
