@@ -535,7 +535,9 @@ class Queue:
         head: Entry | None = None
         tried = smallest = 0
         for number, entry in enumerate(self._line()):
-            if head is not None and (entry.tokens >= smallest or tried > _LOOK):
+            if tried > _LOOK:
+                break
+            if head is not None and entry.tokens >= smallest:
                 continue
             found = fits(entry)
             if isinstance(found, Aside):

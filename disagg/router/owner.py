@@ -373,23 +373,24 @@ class Owner:
 
         An engine that failed it some time ago and has room is better than one that is full: who knows for how long.
         """
-        possible, options, admission = self._possible(run), self._options(run), self._admission
+        possible, admission = self._possible(run), self._admission
         if possible is None:
-            return options[0]
+            return self._options(run)[0]
         if run.others_only or admission.has_room(run.job, possible):
             return possible
-        trial = run.job.trial
-        assert trial is not None
-        last = [*options[-1], *(trial.shut() or ())]
+        last = self._open_options(run)[-1]
         return last if admission.has_room(run.job, last) else possible
 
     def _possible(self, run: _Run) -> Collection[EngineId] | None:
-        """The same, with those that are closed to it; None where nobody is left."""
+        """The same, whether there is room or not; None where nobody is left."""
+        return next((each for each in self._open_options(run) if self._admission.could_serve(run.job, each)), None)
+
+    def _open_options(self, run: _Run) -> list[Collection[EngineId]]:
+        """The options, each with the engines that are closed to it at the moment; none where all are."""
         trial = run.job.trial
         assert trial is not None
         shut = trial.shut()
-        closed = [] if shut is None else [[*exclude, *shut] for exclude in self._options(run)]
-        return next((each for each in closed if self._admission.could_serve(run.job, each)), None)
+        return [] if shut is None else [[*exclude, *shut] for exclude in self._options(run)]
 
     async def _until_possible(self, run: _Run, until: float) -> None:
         """Waits until there is an engine that did not fail this request, or not just now, and that is open to it."""

@@ -13,8 +13,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+import structlog
+from aiohttp import web
 
 from disagg.model import Role
+from disagg.router import owner
 from disagg.router.openai import Route, parse_event
 from tests.fake_engine import Behaviour, Call, FakeEngine, answer_well, until
 from tests.router.conftest import Rig, running_rig
@@ -580,3 +583,53 @@ async def test_no_more_than_a_few_requests_are_made_again_at_a_time(monkeypatch:
         for response in responses:
             response.close()
         await nothing_left(stage.rig)
+
+
+# --- what clients and operators are told
+
+
+async def test_a_clients_deadline_is_kept_while_its_stream_is_prepared_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without ids an engine is asked for them, and this one never says."""
+    monkeypatch.setattr(owner, "ASK_LIMIT_S", 600.0)
+    async with staged(*TWO, with_ids=False) as stage:
+
+        async def never(_: web.Request) -> web.StreamResponse:
+            await asyncio.Event().wait()
+            raise AssertionError("unreachable")
+
+        for engine in stage.rig.engines:
+            engine.tell = never
+        stage.breaks = [(6, cut)]
+        events, _ = await asked(stage, Route.CHAT, body_of(Route.CHAT), headers={"x-disagg-deadline-ms": "1500"})
+        last = parse_event(events[-1])
+        assert last is not None
+        assert last["error"]["type"] == "deadline_exceeded"
+        await nothing_left(stage.rig)
+
+
+async def test_where_no_engine_is_left_the_error_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owner, "SUSPECT_WAIT_S", 0.5)
+    async with staged(*PAIR, with_ids=False, probe_interval_s=0.1, queue_timeout_s=0.5) as stage:
+        stopping: list[asyncio.Future[None]] = []
+
+        async def die(call: Call) -> None:
+            stopping.append(asyncio.ensure_future(call.engine.stop()))  # noqa: TID251  # it ends this very task, too
+            await asyncio.Event().wait()
+
+        stage.breaks = [(6, die)]
+        events, _ = await asked(stage, Route.CHAT, body_of(Route.CHAT))
+        what, _, why = error_of(events).partition("; its stream cannot go on elsewhere: ")
+        assert why
+        assert what not in why
+        assert "decode" in why
+
+
+async def test_a_stream_that_goes_on_is_told_of_in_the_log_without_a_word_of_it() -> None:
+    told = structlog.testing.CapturingLogger()
+    log = structlog.wrap_logger(told, processors=[lambda _, __, event: ((), event)])
+    async with staged(*TWO, log=log) as stage:
+        stage.breaks = [(6, cut)]
+        await asked(stage, Route.CHAT, body_of(Route.CHAT))
+        (line,) = [call.kwargs for call in told.calls if call.kwargs["event"] == "a stream goes on elsewhere"]
+        assert (line["engine"], line["why"]) == (stage.spoken[0], "connection_broken")
+        assert set(line) == {"event", "request", "engine", "events", "why"}

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 import aiohttp
 import pytest
 
+from disagg.errors import EngineError
 from disagg.model import Choice, Role
 from disagg.router.relay import Relay
 from tests.fake_engine import Call, answer_well, chat_chunk, until
@@ -216,3 +217,12 @@ async def test_the_routers_own_questions_never_move(rig: Rig) -> None:
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
     await nothing_left(rig)
+
+
+async def test_what_is_asked_beside_ends_at_its_limit_though_nobody_accepts_the_connection(rig_of_two: Rig) -> None:
+    decode = rig_of_two.router.controller.view.engines[1]
+    await rig_of_two.decode.stop()
+    with hole(decode.address.port):
+        async with asyncio.timeout(SOON_S):
+            with pytest.raises(EngineError):
+                await relay_of(rig_of_two).post(decode, "/v1/tokenize", b"{}", 0.3)

@@ -101,6 +101,22 @@ async def test_poison_in_a_whole_answer_is_found_out_though_it_acts_after_its_ti
         await nothing_left(rig)
 
 
+async def test_a_whole_answer_that_outlives_its_age_at_the_death_is_proved_before_it_ends() -> None:
+    async with running_rig(*[Role.UNIFIED] * 2) as rig:
+        ward = Ward(rig)
+        ward.spared.clear()
+        innocent = asyncio.ensure_future(status(rig, POISON))  # noqa: TID251  # it is none as long as it is spared
+        await until(lambda: ward.tried == 1)
+        killing = asyncio.ensure_future(ward.kill(next(e for e in rig.engines if e.live)))  # noqa: TID251
+        ledger = rig.router.listener._owner._crashes
+        await until(lambda: ward.tried == 2 and not ledger.is_calm)
+        await until(lambda: ledger.is_calm)
+        assert not innocent.done()
+        for task in (innocent, killing):
+            task.cancel()
+        await asyncio.gather(innocent, killing, return_exceptions=True)
+
+
 async def test_a_copy_of_a_suspect_waits_for_what_becomes_of_it() -> None:
     async with running_rig(*[Role.UNIFIED] * 5) as rig:
         ward = Ward(rig)
