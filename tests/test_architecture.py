@@ -45,6 +45,7 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.policy.blame",
             "disagg.policy.cost",
             "disagg.policy.eject",
+            "disagg.policy.forecast",
             "disagg.policy.pace",
             "disagg.policy.route",
             "disagg.router.gate",

@@ -81,6 +81,7 @@ def test_an_engine_that_is_five_times_slower_is_believed_after_some_samples(scal
     for i in range(200):
         some = batch(chance)
         fit.seen(some, noisy(DECODE, some, chance), now=i * 0.05)
+        fit.line(now=i * 0.05)
     assert fit.trust.doubt == ""
     changed = tuple(c * scale for c in DECODE)
     for i in range(RECENT):

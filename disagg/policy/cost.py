@@ -49,6 +49,8 @@ SHIFT = 1.5
 ERRORS_LIMIT = 64
 """Predictions of which the error is known."""
 REFIT_S = 1.0
+REFIT_LIMIT_S = 10.0
+"""A line of many samples is fitted anew less often: one more changes little, and what changes all is noticed without."""
 _POWERS = (1, 1, 2, 2, 2)
 """Of the weight of what lies off, by round."""
 _HUBER = 1.5
@@ -109,9 +111,12 @@ class Fit:
     Args:
         features: how many there are.
         prior: what is believed before anything was seen.
+
+    Attributes:
+        latest: the line as it was last fitted, or as it was scaled since; None as long as nothing is known.
     """
 
-    __slots__ = ("_classes", "_count", "_errors", "_features", "_fitted_at", "_line", "_prior", "_recent", "_scale", "_shifted", "_stale")
+    __slots__ = ("_classes", "_count", "_errors", "_features", "_fitted_at", "_prior", "_recent", "_scale", "_shifted", "_stale", "latest")
 
     def __init__(self, features: int, prior: Prior | None = None) -> None:
         if prior is not None and {features} != {len(prior.line) - 1, *map(len, prior.points)}:
@@ -122,7 +127,7 @@ class Fit:
         self._count = 0
         self._recent: deque[float] = deque(maxlen=RECENT)  # logarithms of seen over predicted
         self._errors: deque[float] = deque(maxlen=ERRORS_LIMIT)
-        self._line: Line | None = None if prior is None else prior.line
+        self.latest: Line | None = None if prior is None else prior.line
         self._scale = 1.0  # of the prior
         self._shifted = 0.0  # the scale of the last shift; 0 for none
         self._fitted_at = -math.inf
@@ -142,7 +147,7 @@ class Fit:
             raise ValueError(f"{len(features)} features for a line of {self._features}")
         if not (math.isfinite(seconds) and seconds > 0.0 and all(math.isfinite(x) and x >= 0.0 for x in features)):
             return
-        self._compare(features, seconds, now)
+        self._compare(features, seconds)
         self._count += 1
         key = tuple(int(x).bit_length() for x in features)
         kept = self._classes.pop(key, None) or deque(maxlen=CLASS_LIMIT)
@@ -152,9 +157,9 @@ class Fit:
             self._classes.pop(next(iter(self._classes)))
         self._stale = True
 
-    def _compare(self, features: Features, seconds: float, now: float) -> None:
+    def _compare(self, features: Features, seconds: float) -> None:
         """The prediction comes before the sample: an error of what was known already says nothing."""
-        line = self.line(now=now)
+        line = self.latest
         if line is None:
             return
         said = max(at(line, features), _LEAST_S)
@@ -174,7 +179,7 @@ class Fit:
         self._shifted = scale
         self._recent.clear()
         self._errors.clear()
-        self._line = None if self._line is None else tuple(c * scale for c in self._line)
+        self.latest = None if self.latest is None else tuple(c * scale for c in self.latest)
         self._stale = True
         self._fitted_at = -math.inf
 
@@ -185,12 +190,18 @@ class Fit:
     # --- what follows
 
     def line(self, *, now: float) -> Line | None:
-        """The coefficients; None as long as nothing is known. Fitted anew when there are new samples, not oftener than every `REFIT_S`."""
-        if self._stale and (now - self._fitted_at >= REFIT_S or self._count <= ENOUGH):
-            self._line = self._fit(now)
-            self._stale = False
-            self._fitted_at = now
-        return self._line
+        """The coefficients; None as long as nothing is known. Fitted anew when it is time for that: who has none reads `latest`."""
+        self.refit(now=now)
+        return self.latest
+
+    def refit(self, *, now: float) -> bool:
+        """Fits anew when there are new samples, every `REFIT_S` at most, then seldom. A millisecond or two; True if it was done."""
+        if not self._stale or (self._count > ENOUGH and now - self._fitted_at < min(REFIT_LIMIT_S, REFIT_S * self._count / ENOUGH)):
+            return False
+        self.latest = self._fit(now)
+        self._stale = False
+        self._fitted_at = now
+        return True
 
     def predict(self, features: Features, *, now: float) -> float | None:
         """Seconds that this work would take; None as long as nothing is known."""
@@ -222,7 +233,7 @@ class Fit:
                 weights.append(0.5 ** (max(0.0, now - sample.at) / HALF_LIFE_S))
         if self._prior is None:
             if len(rows) <= self._features:
-                return self._line
+                return self.latest
         else:
             share = PRIOR_SAMPLES / (1 + self._count / PRIOR_SAMPLES) / len(self._prior.points)
             for point in self._prior.points:
@@ -233,12 +244,12 @@ class Fit:
 
     def check(self) -> None:
         """Asserts what is always true."""
-        assert self._line is None or (len(self._line) == self._features + 1 and min(self._line) >= 0.0)
+        assert self.latest is None or (len(self.latest) == self._features + 1 and min(self.latest) >= 0.0)
         assert all(0 < len(kept) <= CLASS_LIMIT for kept in self._classes.values())
         assert len(self._classes) <= CLASSES_LIMIT
 
     def __repr__(self) -> str:
-        line = "unknown" if self._line is None else " + ".join(f"{c:.3g}" for c in self._line)
+        line = "unknown" if self.latest is None else " + ".join(f"{c:.3g}" for c in self.latest)
         return f"<Fit {line} of {self._count} samples>"
 
 

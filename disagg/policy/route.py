@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 
 from disagg.errors import NoCapacityError, UnknownModelError
 from disagg.model import Choice, ClusterView, EngineId, EngineView, Pool
+from disagg.policy.forecast import Outlook
+
+ALIKE = 0.05
+ALIKE_S = 0.002
+"""Engines whose predictions differ by less than this are alike: a better one by chance must not get all requests."""
 
 
 class InFlight:
@@ -66,57 +71,137 @@ def pool_of(view: ClusterView, model: str) -> Pool:
     raise NoCapacityError(view.why_not_ready() or f"no pair of engines is ready for the model {model[:80]!r}", retry_after_s=2)
 
 
-def choose(pool: Pool, in_flight: InFlight, *, exclude: Collection[EngineId] = (), unified_only: bool = False) -> Choice:
-    """Picks the least loaded pair, or a unified engine where that is less loaded than the pair's decode engine.
+def choose(
+    pool: Pool,
+    in_flight: InFlight,
+    *,
+    exclude: Collection[EngineId] = (),
+    unified_only: bool = False,
+    outlook: Outlook | None = None,
+) -> Choice:
+    """Picks the pair that serves a request best, or a unified engine where that is better.
 
-    Load is the number of legs that this router has in flight there, with this one, times the engine's weight. Ties go to the engine that
-    was not used for longest, then to the lower slot.
+    With an outlook the prefill engine is the one that will give the first token soonest (its queue, and what it must read of this prompt);
+    the decode engine the one that costs the least time with it, for this answer and for those that it joins; a unified engine is taken
+    where all of that together, and the pause that reading costs its other answers, is less. What is as good within `ALIKE` counts as equal.
+
+    Among equals, and without an outlook, the least loaded is picked: by the legs that this router has in flight there, with this one, times
+    the engine's weight; then the one that was not used for longest; then the lower slot.
 
     Args:
         pool: the ready engines of the model.
         in_flight: the router's counts.
         exclude: engines that were tried already.
         unified_only: for a request that a pair must never see, as one with ``n > 1``.
+        outlook: what the request would meet on each engine.
 
     Raises:
         NoCapacityError: every engine that could do it was tried already.
     """
-    unified = _least(pool.unified, in_flight, exclude)
-    prefill, decode = (None, None) if unified_only else _least_pair(pool, in_flight, exclude)
+    pick = _Pick(in_flight, exclude, outlook)
+    unified = pick.unified(pool.unified)
+    prefill, decode = (None, None) if unified_only else pick.pair(pool)
     if prefill is None or decode is None:
         if unified is None:
             raise NoCapacityError("every engine that could serve this failed to take it; try again", retry_after_s=1)
-        return Choice(None, unified, f"no pair can take it; {unified.id} has the fewest requests of the unified engines")
+        return Choice(None, unified, f"no pair can take it; {unified.id} has {_say(in_flight.now[unified.slot])}")
     counts = in_flight.now
-    if unified is not None and (counts[unified.slot] + 1) * unified.weight < (counts[decode.slot] + 1) * decode.weight:
+    if unified is not None and outlook is None and pick.load(unified) < pick.load(decode):
         return Choice(None, unified, f"{unified.id} has {counts[unified.slot]} in flight, {decode.id} {counts[decode.slot]}")
-    reason = f"fewest in flight: {prefill.id} {counts[prefill.slot]}, {decode.id} {counts[decode.slot]}"
-    return Choice(prefill, decode, reason)
+    if outlook is None:
+        return Choice(prefill, decode, f"fewest in flight: {prefill.id} {counts[prefill.slot]}, {decode.id} {counts[decode.slot]}")
+    if unified is not None:
+        alone_s, pair_s = pick.alone_s(unified), pick.pair_s(prefill, decode)
+        if alone_s < pair_s:
+            return Choice(None, unified, f"{unified.id} costs {alone_s:.2g} s, {prefill.id} and {decode.id} {pair_s:.2g} s")
+    return Choice(prefill, decode, pick.reason(prefill, decode))
 
 
-def _least_pair(pool: Pool, in_flight: InFlight, exclude: Collection[EngineId]) -> tuple[EngineView | None, EngineView | None]:
-    """The least loaded of each role, out of the island where their loads together are least."""
-    if not pool.islands:
-        return _least(pool.prefill, in_flight, exclude), _least(pool.decode, in_flight, exclude)
-    pairs = [_least_pair(island, in_flight, exclude) for island in pool.islands]
-    whole = [(p, d) for p, d in pairs if p is not None and d is not None]
-    now, turn = in_flight.now, in_flight.turn
+class _Pick:
+    """One choice."""
 
-    def key(pair: tuple[EngineView, EngineView]) -> tuple[float, int]:
+    __slots__ = ("_exclude", "_now", "_outlook", "_turn")
+
+    def __init__(self, in_flight: InFlight, exclude: Collection[EngineId], outlook: Outlook | None) -> None:
+        self._now = in_flight.now
+        self._turn = in_flight.turn
+        self._exclude = exclude
+        self._outlook = outlook
+
+    def load(self, engine: EngineView) -> float:
+        """The requests there, with this one, as its weight counts them."""
+        return (self._now[engine.slot] + 1) * engine.weight
+
+    def pair(self, pool: Pool) -> tuple[EngineView | None, EngineView | None]:
+        """The best of each role, out of the island where they are best together."""
+        if not pool.islands:
+            prefill = self._prefill(pool.prefill)
+            return prefill, self._decode(pool.decode, prefill)
+        pairs = [self.pair(island) for island in pool.islands]
+        return min(((p, d) for p, d in pairs if p is not None and d is not None), key=self._pair_key, default=(None, None))
+
+    def _pair_key(self, pair: tuple[EngineView, EngineView]) -> tuple[float, float, int]:
         p, d = pair
-        return (now[p.slot] + 1) * p.weight + (now[d.slot] + 1) * d.weight, turn[p.slot] + turn[d.slot]
+        seconds = 0.0 if self._outlook is None else self.pair_s(p, d)
+        return seconds, self.load(p) + self.load(d), self._turn[p.slot] + self._turn[d.slot]
 
-    return min(whole, key=key, default=(None, None))
+    def _prefill(self, engines: Sequence[EngineView]) -> EngineView | None:
+        outlook = self._outlook
+        if outlook is None or len(engines) < 2:
+            return self._least(engines)
+        return self._best(engines, lambda engine: outlook.first_token_s(engine.slot))
+
+    def _decode(self, engines: Sequence[EngineView], prefill: EngineView | None) -> EngineView | None:
+        outlook = self._outlook
+        if outlook is None or prefill is None or len(engines) < 2:
+            return self._least(engines)
+        reader = prefill.slot
+        return self._best(engines, lambda engine: outlook.answer_s(engine.slot) + outlook.link_s(reader, engine.slot))
+
+    def unified(self, engines: Sequence[EngineView]) -> EngineView | None:
+        """The best unified engine."""
+        return self._least(engines) if self._outlook is None or len(engines) < 2 else self._best(engines, self.alone_s)
+
+    def alone_s(self, engine: EngineView) -> float:
+        """What a request costs on a unified engine, seconds of everybody."""
+        assert self._outlook is not None
+        slot = engine.slot
+        return self._outlook.first_token_s(slot) + self._outlook.answer_s(slot) + self._outlook.pause_s(slot)
+
+    def pair_s(self, prefill: EngineView, decode: EngineView) -> float:
+        """The same of a pair."""
+        outlook, p, d = self._outlook, prefill.slot, decode.slot
+        assert outlook is not None
+        return outlook.first_token_s(p) + outlook.link_s(p, d) + outlook.answer_s(d)
+
+    def reason(self, prefill: EngineView, decode: EngineView) -> str:
+        """One sentence."""
+        outlook, p = self._outlook, prefill.slot
+        assert outlook is not None
+        wait_s, cached = outlook.wait_s(p), outlook.cached(p)
+        held = f", it holds {cached} of {outlook.tokens} tokens" if cached else ""
+        soon = f"{prefill.id} gives the first token in {outlook.first_token_s(p):.3f} s ({wait_s:.3f} s of them waiting{held})"
+        return f"{soon}; {decode.id} has {_say(self._now[decode.slot])}"
+
+    def _best(self, engines: Sequence[EngineView], seconds: Callable[[EngineView], float]) -> EngineView | None:
+        """The one that takes the fewest seconds; of those that are nearly as good the least loaded."""
+        exclude = self._exclude
+        found = [(seconds(engine), engine) for engine in engines if not (exclude and engine.id in exclude)]
+        if not found:
+            return None
+        limit = min(s for s, _ in found) * (1.0 + ALIKE) + ALIKE_S
+        return self._least([engine for s, engine in found if s <= limit])
+
+    def _least(self, engines: Sequence[EngineView]) -> EngineView | None:
+        best: EngineView | None = None
+        best_key = (0.0, 0)
+        now, turn, exclude = self._now, self._turn, self._exclude
+        for engine in engines:
+            key = ((now[engine.slot] + 1) * engine.weight, turn[engine.slot])
+            if (best is None or key < best_key) and not (exclude and engine.id in exclude):
+                best, best_key = engine, key
+        return best
 
 
-def _least(engines: tuple[EngineView, ...], in_flight: InFlight, exclude: Collection[EngineId]) -> EngineView | None:
-    if not engines:
-        return None
-    best: EngineView | None = None
-    best_key = (0.0, 0)
-    now, turn = in_flight.now, in_flight.turn
-    for engine in engines:
-        key = ((now[engine.slot] + 1) * engine.weight, turn[engine.slot])
-        if (best is None or key < best_key) and not (exclude and engine.id in exclude):
-            best, best_key = engine, key
-    return best
+def _say(count: int) -> str:
+    return f"{count} request{'s' * (count != 1)} in flight"

@@ -1,0 +1,411 @@
+"""How long an engine will take: for what it has still to read, for one more prompt, for a step of its batch. Learnt while it works. Pure.
+
+Theory of operation. Each engine has two lines (`disagg.policy.cost`): of passes over prompts and of decode steps. Their samples come from
+what the router sees anyway.
+
+* **Passes.** An engine reads prompts one after the other. So while it always has one to read, the time between two first tokens is what the
+  second prompt cost it, however long that had waited; a prompt that found it idle cost the time since it was sent. First tokens that come
+  close together came out of one pass, and count as one sample of all their prompts. What travels (the prompt, the KV of its last chunk, the
+  first token) is in these times, too: in a queue it is hidden behind the next pass, as it is from the next client.
+* **Pairs.** What a prompt took longer or shorter than its line said, by token, is remembered for the pair that it went over: a slow link
+  between two engines is seen there, and not blamed on the engine whose other links are fast.
+* **Steps.** The pause between two tokens of a stream is a step of the batch that it is in.
+
+What an engine has still to do is the sum of what its prompts were expected to take, without what has passed of the first one. When that is
+late, it is taken to remain late for as long as it is late already: an engine that has become slow, or hangs, loses its attraction before it
+has finished anything.
+
+Before anything was measured an engine has the line of that of its peers which is known best, or one that was measured on other hardware
+(`READS`, `STEPS`): enough to tell a long queue from a short one, nothing to refuse anybody for. `trust` says which it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from disagg.policy.cost import ENOUGH, Fit, Line, Prior, Trust, square
+
+READS: Line = (0.015, 8.0e-5, 1.0e-9)
+STEPS: Line = (0.012, 1.0e-4, 2.0e-8)
+"""Seconds: a model of some 8 billion parameters on a GPU of the year 2020; see `disagg.policy.cost` for what they are multiplied with."""
+_READ_POINTS = ((256.0, float(square(0, 256))), (2048.0, float(square(0, 2048))), (16384.0, float(square(0, 16384))))
+_STEP_POINTS = ((1.0, 1000.0), (16.0, 16_000.0), (64.0, 128_000.0))
+STEP_EVERY_S = 0.1
+"""Steps are all alike: more samples than this would say nothing more."""
+TOGETHER_S = 0.004
+TOGETHER_SHARE = 0.05
+"""First tokens that come within this time, or this share of the pass, come out of one pass."""
+_LINK_SHARE = 0.2
+_ANSWER_SHARE = 0.02
+ANSWER_TOKENS = 200.0
+"""How long answers are taken to be before one has ended."""
+BATCH_LIMIT = 4096
+
+
+class Reading:
+    """A prompt on its way through an engine. Made by `Forecast.sent`; said to be `read` or `left` exactly once.
+
+    Attributes:
+        slot: of the engine that reads it.
+        new, cached: its tokens, as far as that is known.
+        seconds: what it was expected to take.
+        sent_at: when it was sent.
+    """
+
+    __slots__ = ("cached", "new", "seconds", "sent_at", "slot")
+
+    def __init__(self, slot: int, new: int, cached: int, seconds: float, sent_at: float) -> None:
+        self.slot = slot
+        self.new = new
+        self.cached = cached
+        self.seconds = seconds
+        self.sent_at = sent_at
+
+
+class _Pass:
+    """First tokens that came close together."""
+
+    __slots__ = ("at", "new", "seconds", "square")
+
+    def __init__(self, seconds: float, at: float) -> None:
+        self.seconds = seconds
+        self.at = at
+        self.new = 0
+        self.square = 0
+
+    def add(self, reading: Reading) -> None:
+        self.new += reading.new
+        self.square += square(reading.cached, reading.new)
+
+
+class Outlook:
+    """What one request would meet on each engine, by slot.
+
+    Args:
+        forecast: of all engines.
+        tokens: of its prompt.
+        cached: how many of them each engine holds, by slot; none where it is not named.
+        batches: how many requests each engine has in flight, by slot.
+        kv: how many tokens each engine's KV is promised to, by slot.
+        now: monotonic seconds.
+    """
+
+    __slots__ = ("_batches", "_cached", "_forecast", "_kv", "_now", "answer", "tokens")
+
+    def __init__(
+        self,
+        forecast: Forecast,
+        *,
+        tokens: int,
+        cached: Mapping[int, int],
+        batches: Sequence[int],
+        kv: Sequence[int],
+        now: float,
+    ) -> None:
+        self._forecast = forecast
+        self._cached = cached
+        self._batches = batches
+        self._kv = kv
+        self._now = now
+        self.tokens = tokens
+        self.answer = forecast.answer_tokens
+
+    def cached(self, slot: int) -> int:
+        """Tokens that this engine need not compute; the last one it always must."""
+        return min(self._cached.get(slot, 0), max(0, self.tokens - 1))
+
+    def first_token_s(self, slot: int) -> float:
+        """Seconds until the first token, if this engine reads the prompt."""
+        cached = self.cached(slot)
+        return self._forecast.first_token_s(slot, self.tokens - cached, cached, now=self._now)
+
+    def wait_s(self, slot: int) -> float:
+        """Seconds of them that it would wait there."""
+        return self._forecast.wait_s(slot, now=self._now)
+
+    def link_s(self, prefill: int, decode: int) -> float:
+        """Seconds that the way from one engine to the other adds to the first token."""
+        return self._forecast.link_s(prefill, decode, self.tokens - self.cached(prefill))
+
+    def answer_s(self, slot: int) -> float:
+        """Seconds that an answer costs everybody, if this engine writes it: it, and those that it makes slower.
+
+        A request that joins B others lengthens each of their steps, too. Without this the fastest engine would be filled until it is as
+        slow as the slowest one.
+        """
+        batch, kv = self._batches[slot], self._kv[slot]
+        step, then = self._forecast.step_s(slot, batch, kv), self._forecast.step_s(slot, batch + 1, kv + self.tokens)
+        return self.answer * (then + batch * (then - step))
+
+    def pause_s(self, slot: int) -> float:
+        """Seconds that the answers which this engine writes stand still while it reads the prompt, all together."""
+        cached = self.cached(slot)
+        return self._forecast.writing(slot) * self._forecast.pass_s(slot, self.tokens - cached, cached)
+
+
+class Known(msgspec.Struct, frozen=True):
+    """What is known of an engine, for people.
+
+    Attributes:
+        reads, steps: its lines, see `disagg.policy.cost`.
+        reads_trust, steps_trust: how far they can be believed.
+        backlog_s: what it has still to read, in seconds.
+    """
+
+    reads: Line
+    reads_trust: Trust
+    steps: Line
+    steps_trust: Trust
+    backlog_s: float
+
+
+class Forecast:
+    """All engines, by slot."""
+
+    __slots__ = (
+        "_answer",
+        "_backlog",
+        "_kv",
+        "_links",
+        "_pass",
+        "_prompt",
+        "_queue",
+        "_reads",
+        "_since",
+        "_stepped_at",
+        "_steps",
+        "_turn",
+        "_writing",
+    )
+
+    def __init__(self) -> None:
+        self._reads: list[Fit] = []
+        self._steps: list[Fit] = []
+        self._queue: list[dict[Reading, None]] = []
+        self._backlog: list[float] = []  # seconds, of all in the queue
+        self._since: list[float] = []  # when the engine began with the first of its queue, as far as that can be known
+        self._pass: list[_Pass | None] = []
+        self._stepped_at: list[float] = []
+        self._writing: list[int] = []
+        self._kv: list[int] = []
+        self._links: dict[tuple[int, int], float] = {}  # seconds for each new token, more or less than the line says
+        self._answer = ANSWER_TOKENS
+        self._prompt = 0.0
+        self._turn = 0
+
+    # --- engines
+
+    def grow(self, slots: int) -> None:
+        """Makes room for engines up to this many slots."""
+        for _ in range(slots - len(self._reads)):
+            self._reads.append(self._new(self._reads, READS, _READ_POINTS))
+            self._steps.append(self._new(self._steps, STEPS, _STEP_POINTS))
+            self._queue.append({})
+            self._pass.append(None)
+            self._backlog.append(0.0)
+            self._since.append(-math.inf)
+            self._stepped_at.append(-math.inf)
+            self._writing.append(0)
+            self._kv.append(0)
+
+    @staticmethod
+    def _new(fits: list[Fit], line: Line, points: tuple[tuple[float, float], ...]) -> Fit:
+        """With the line of the peer that is known best for a prior."""
+        best = max(fits, key=lambda fit: fit.trust.samples, default=None)
+        if best is not None and best.latest is not None and best.trust.samples >= ENOUGH:
+            return Fit(2, Prior(best.latest, points, "what another engine does"))
+        return Fit(2, Prior(line, points, "another machine"))
+
+    def forget(self, slot: int) -> None:
+        """The engine is another process or has another role. What is in flight there goes on until it is said to be over."""
+        if slot < len(self._reads):
+            for fits, line, points in ((self._reads, READS, _READ_POINTS), (self._steps, STEPS, _STEP_POINTS)):
+                fits[slot] = self._new(fits[:slot] + fits[slot + 1 :], line, points)
+            self._pass[slot] = None
+            for pair in [pair for pair in self._links if slot in pair]:
+                del self._links[pair]
+
+    # --- prompts
+
+    def sent(self, slot: int, new: int, cached: int = 0, *, now: float) -> Reading:
+        """A prompt was sent.
+
+        Args:
+            slot: of the engine that reads it.
+            new: tokens that it has to compute.
+            cached: those before them, whose KV it holds.
+            now: monotonic seconds, as everywhere here.
+        """
+        reading = Reading(slot, new, cached, self.pass_s(slot, new, cached), now)
+        queue = self._queue[slot]
+        if not queue:
+            self._since[slot] = now
+            self._backlog[slot] = 0.0  # what summing up has left of rounding
+        queue[reading] = None
+        self._backlog[slot] += reading.seconds
+        self._prompt += _ANSWER_SHARE * (new + cached - self._prompt) if self._prompt else new + cached
+        return reading
+
+    def read(self, reading: Reading, decode: int | None = None, *, now: float) -> None:
+        """Its first token came.
+
+        Args:
+            reading: as `sent` returned it.
+            decode: the slot of the engine that its KV went to; None where that is the same one.
+            now: when.
+        """
+        slot = reading.slot
+        seconds = now - max(self._since[slot], reading.sent_at)
+        self._leave(reading, now)
+        last = self._pass[slot]
+        if last is not None and now - last.at <= max(TOGETHER_S, TOGETHER_SHARE * last.seconds):
+            last.add(reading)
+            last.at = now
+            return
+        if last is not None:
+            self._take(slot, last)
+        self._pass[slot] = one = _Pass(seconds, now)
+        one.add(reading)
+        if decode is not None and reading.new > 0:
+            # The line as it is now: a link is judged by what the engine does over its other links.
+            excess = (seconds - self.pass_s(slot, reading.new, reading.cached)) / reading.new
+            known = self._links.get((slot, decode))
+            self._links[slot, decode] = excess if known is None else known + _LINK_SHARE * (excess - known)
+
+    def left(self, reading: Reading, *, now: float) -> None:
+        """Nobody waits for its first token any more."""
+        self._leave(reading, now)
+
+    def _leave(self, reading: Reading, now: float) -> None:
+        slot = reading.slot
+        queue = self._queue[slot]
+        del queue[reading]
+        self._since[slot] = now
+        self._backlog[slot] = self._backlog[slot] - reading.seconds if queue else 0.0
+
+    def _take(self, slot: int, done: _Pass) -> None:
+        self._reads[slot].seen((float(done.new), float(done.square)), done.seconds, now=done.at)
+
+    def pass_s(self, slot: int, new: int, cached: int = 0) -> float:
+        """Seconds that this engine needs for one prompt once it begins."""
+        a, b, c = self._reads[slot].latest or READS
+        return a + b * new + c * ((cached + new) ** 2 - cached**2)
+
+    def wait_s(self, slot: int, *, now: float) -> float:
+        """Seconds until this engine could begin with one more prompt."""
+        queue = self._queue[slot]
+        if not queue:
+            return 0.0
+        first = next(iter(queue)).seconds
+        return max(0.0, self._backlog[slot] - first) + abs(first - (now - self._since[slot]))
+
+    def link_s(self, prefill: int, decode: int, new: int) -> float:
+        """Seconds that a prompt takes longer over this pair than the prefill engine's line says; less than 0 where it is faster."""
+        return self._links.get((prefill, decode), 0.0) * new
+
+    def first_token_s(self, slot: int, new: int, cached: int = 0, *, now: float) -> float:
+        """Seconds until the first token of a prompt that would be sent now."""
+        return self.wait_s(slot, now=now) + self.pass_s(slot, new, cached)
+
+    # --- answers
+
+    def began(self, slot: int, kv_tokens: int) -> None:
+        """The engine writes one more answer, whose KV is so many tokens."""
+        self._writing[slot] += 1
+        self._kv[slot] += kv_tokens
+
+    def ended(self, slot: int, kv_tokens: int) -> None:
+        """It does not any more; the tokens are those of `began`."""
+        self._writing[slot] -= 1
+        self._kv[slot] -= kv_tokens
+
+    def answered(self, tokens: int) -> None:
+        """An answer has come to its end."""
+        self._answer += _ANSWER_SHARE * (tokens - self._answer)
+
+    def stepped(self, slot: int, seconds: float, *, now: float) -> None:
+        """A stream of this engine made a step."""
+        if now - self._stepped_at[slot] >= STEP_EVERY_S:
+            self._stepped_at[slot] = now
+            self._steps[slot].seen((float(max(1, self._writing[slot])), float(max(0, self._kv[slot]))), seconds, now=now)
+
+    def step_s(self, slot: int, batch: int, kv_tokens: int) -> float:
+        """Seconds of a step of this engine with so many answers, whose KV is so many tokens."""
+        a, b, c = self._steps[slot].latest or STEPS
+        return a + b * batch + c * kv_tokens
+
+    def writing(self, slot: int) -> int:
+        """How many answers it writes."""
+        return self._writing[slot] if slot < len(self._writing) else 0
+
+    @property
+    def answer_tokens(self) -> float:
+        """The length of an answer, a moving average."""
+        return self._answer
+
+    @property
+    def prompt_tokens(self) -> float:
+        """The length of a prompt, a moving average; 0 before the first one."""
+        return self._prompt
+
+    def best_batch(self, slot: int, *, limit_s: float, kv_tokens: int = 0, most: int = 0) -> int:
+        """How many answers of the usual length an engine can write at once; at least 1.
+
+        Args:
+            slot: of the engine.
+            limit_s: how long a step may take.
+            kv_tokens: the KV that it has room for, 0 if unknown.
+            most: requests that it takes, 0 if unknown.
+        """
+        context = self._prompt + self._answer / 2
+        a, b, c = self._steps[slot].latest or STEPS
+        each = b + c * context
+        batch = (limit_s - a) / each if each > 0.0 else float(BATCH_LIMIT)
+        if kv_tokens > 0:
+            batch = min(batch, kv_tokens / (self._prompt + self._answer))
+        return max(1, min(int(batch), most or BATCH_LIMIT, BATCH_LIMIT))
+
+    def write_s(self, slot: int, *, limit_s: float, kv_tokens: int = 0, most: int = 0) -> float:
+        """What an answer costs an engine that is as busy as it may be: its share of the steps, seconds. Arguments as for `best_batch`."""
+        batch = self.best_batch(slot, limit_s=limit_s, kv_tokens=kv_tokens, most=most)
+        context = self._prompt + self._answer / 2
+        return self._answer * self.step_s(slot, batch, int(batch * context)) / batch
+
+    # --- upkeep
+
+    def tick(self, now: float) -> None:
+        """Fits one line anew, of the engines in turn: a millisecond or two, which a decision should not have to wait for."""
+        for slot, last in enumerate(self._pass):
+            if last is not None and now - last.at > max(TOGETHER_S, TOGETHER_SHARE * last.seconds):
+                self._take(slot, last)
+                self._pass[slot] = None
+        fits = [*self._reads, *self._steps]
+        for _ in fits:
+            self._turn = (self._turn + 1) % len(fits)
+            if fits[self._turn].refit(now=now):
+                return
+
+    def known(self, slot: int, *, now: float) -> Known:
+        """What is known of an engine."""
+        reads, steps = self._reads[slot], self._steps[slot]
+        return Known(reads.latest or READS, reads.trust, steps.latest or STEPS, steps.trust, self.wait_s(slot, now=now))
+
+    def doubt(self, slot: int) -> str:
+        """Why this engine's passes cannot be foretold; empty when they can."""
+        return self._reads[slot].trust.doubt
+
+    def check(self) -> None:
+        """Asserts what is always true."""
+        for slot, queue in enumerate(self._queue):
+            assert all(reading.slot == slot for reading in queue)
+            assert math.isclose(self._backlog[slot], sum(r.seconds for r in queue), rel_tol=1e-6, abs_tol=1e-6)
+            assert self._writing[slot] >= 0
+            assert self._writing[slot] or not self._kv[slot]
+            self._reads[slot].check()
+            self._steps[slot].check()
+
+    def __repr__(self) -> str:
+        return f"<Forecast engines={len(self._reads)} reading={sum(map(len, self._queue))} writing={sum(self._writing)}>"
