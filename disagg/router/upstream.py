@@ -228,7 +228,7 @@ class UpstreamConnection(asyncio.Protocol):
         """Finds the end of the last whole chunk and passes on what stands before it; a partial chunk waits for the next read."""
         # A token at a time is the usual read: one chunk of whole events.
         eol = data.find(b"\r\n", 0, CHUNK_LINE_LIMIT)
-        if data[-4:] == b"\n\n\r\n" and eol > 0 and data[:eol] == b"%x" % (len(data) - eol - 4) and self.leg is not None:
+        if data[-4:] == b"\n\n\r\n" and 0 < eol < len(data) - 5 and data[:eol] == b"%x" % (len(data) - eol - 4) and self.leg is not None:
             self.leg.frames(data, True)
             return
         at, size, whole = 0, len(data), 0
@@ -249,7 +249,7 @@ class UpstreamConnection(asyncio.Protocol):
                 if data[following - 2] != 13:  # every chunk ends with CR LF
                     broken = True
                     break
-                if data[following - 4 : following - 2] != b"\n\n":
+                if length < 2 or data[following - 4 : following - 2] != b"\n\n":  # of a single LF the other one is its framing's
                     aligned = False
                 whole = at = following
         except ValueError:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from disagg.errors import EngineError, NoCapacityError
@@ -287,6 +287,7 @@ payloads = st.lists(st.one_of(st.binary(min_size=1, max_size=40), st.sampled_fro
 
 
 @given(payloads, st.lists(st.integers(1, 600), max_size=12), st.booleans())
+@example([b"\n"], [], False)
 @settings(deadline=None, max_examples=200)
 def test_any_chunked_body_arrives_whole_and_the_aligned_flag_is_right(parts: list[bytes], cuts: list[int], stream: bool) -> None:
     head = STREAM_HEAD if stream else OK + b"Transfer-Encoding: chunked\r\n\r\n"
