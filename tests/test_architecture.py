@@ -43,6 +43,7 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.policy.queue",
             "disagg.policy.balance",
             "disagg.policy.blame",
+            "disagg.policy.books",
             "disagg.policy.cost",
             "disagg.policy.eject",
             "disagg.policy.forecast",

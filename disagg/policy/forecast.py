@@ -397,6 +397,11 @@ class Forecast:
         """Why this engine's passes cannot be foretold; empty when they can."""
         return self._reads[slot].trust.doubt
 
+    @property
+    def is_idle(self) -> bool:
+        """No engine reads or writes for us."""
+        return not any(self._queue) and not any(self._writing)
+
     def check(self) -> None:
         """Asserts what is always true."""
         for slot, queue in enumerate(self._queue):

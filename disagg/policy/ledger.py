@@ -12,6 +12,8 @@ began meanwhile makes the drift too small for a moment, which the smoothing even
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from disagg.model import EngineLoad, EngineView, Role
 
 RESERVED_TOKENS = 512
@@ -73,6 +75,11 @@ class Ledger:
         )
         self._reserved[slot] -= tokens
 
+    @property
+    def promised(self) -> Sequence[int]:
+        """The tokens that this router has promised of each engine, by slot."""
+        return self._reserved
+
     def reserved(self, slot: int) -> int:
         """The tokens that this router has promised."""
         return self._reserved[slot]
@@ -131,6 +138,10 @@ class Ledger:
         return reserved + max(0.0, self._drift[engine.slot]) + tokens <= capacity
 
     # --- prices
+
+    def bytes_per_token(self, model: str) -> float:
+        """How many bytes of a body a token takes."""
+        return self._bytes_per_token.get(model, BYTES_PER_TOKEN)
 
     def prompt_tokens(self, model: str, prompt_bytes: int, limit: int = 0) -> int:
         """How many tokens a prompt has, estimated from the bytes that hold it: what a prefill engine needs.

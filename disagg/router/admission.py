@@ -13,15 +13,16 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Collection, Sequence
-from math import inf
+from math import ceil, inf
 from typing import Protocol
 
 from disagg.errors import DeadlineError, DisaggError, NoCapacityError, ShareError
-from disagg.model import Choice, ClusterView, EngineId, EngineLoad, EngineView
-from disagg.policy.ledger import RESERVED_TOKENS, Ledger
+from disagg.model import Choice, ClusterView, EngineId, EngineLoad, EngineView, Pool, Role
+from disagg.policy.books import Books, Prompt
+from disagg.policy.forecast import Reading
 from disagg.policy.pace import Pace
-from disagg.policy.queue import Aside, Entry, Place, Queue, Reason, Shed
-from disagg.policy.route import InFlight, choose, pool_of
+from disagg.policy.queue import RETRY_LIMIT_S, Aside, Entry, Place, Queue, Reason, Shed
+from disagg.policy.route import choose, pool_of
 
 Exclude = Callable[[], Collection[EngineId]]
 
@@ -33,6 +34,7 @@ LEARN_ALL = 64
 LEARN_EACH = 8
 """After the first ones, from how many answers one is looked at."""
 _PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s?([0-9]{1,9})')
+_ANSWER_TOKENS = re.compile(rb'"completion_tokens":\s?([0-9]{1,9})')
 _USAGE_WITHIN = 1024  # it stands at the end of an answer
 
 
@@ -52,12 +54,28 @@ class Wanting(Protocol):
         """Of its body."""
 
     @property
+    def names(self) -> Sequence[int]:
+        """Of the blocks of its prompt; empty where they were not asked for."""
+
+    @property
+    def prompt_bytes(self) -> int:
+        """Of its prompt, of which the names are."""
+
+    @property
     def max_tokens(self) -> int | None:
         """How long one answer may become."""
 
     @property
     def answers(self) -> int:
         """How many answers the body asks for."""
+
+    @property
+    def streams(self) -> bool:
+        """Its first token is seen when it comes."""
+
+    @property
+    def was_let_in(self) -> bool:
+        """It was on its way before, and lost its engine."""
 
     @property
     def unified_only(self) -> bool:
@@ -93,9 +111,10 @@ class Promise:
         choice: the engines.
         served: it came to a good end: that tells how fast the engines are.
         entry, queue: where it is counted; None for the router's own requests.
+        reading: its prompt, until its first token came; None where that is not seen.
     """
 
-    __slots__ = ("_admission", "_decode_tokens", "_prefill_tokens", "choice", "entry", "queue", "served")
+    __slots__ = ("_admission", "_decode_tokens", "_prefill_tokens", "_writes", "choice", "entry", "queue", "reading", "served")
 
     def __init__(self, admission: Admission, choice: Choice, prefill_tokens: int, decode_tokens: int) -> None:
         self.choice = choice
@@ -105,14 +124,25 @@ class Promise:
         self._admission = admission
         self._prefill_tokens = None if choice.prefill is None else prefill_tokens  # None: there is nothing to take back
         self._decode_tokens: int | None = decode_tokens
+        self.reading: Reading | None = None
+        self._writes = False
+
+    def read(self, now: float) -> None:
+        """Its first token came: the prompt is read, and the answer is being written, unless that has ended already."""
+        self._writes = self._decode_tokens is not None
+        self._admission.read(self, now, writes=self._writes)
 
     def end(self, slot: int) -> None:
         """The engine in this slot is through with it; said twice it counts once."""
         if slot == self.choice.decode.slot:
             tokens, self._decode_tokens = self._decode_tokens, None
+            if tokens is not None and self._writes:
+                self._admission.written(slot, tokens)
         else:
             tokens, self._prefill_tokens = self._prefill_tokens, None
         if tokens is not None:
+            if self.reading is not None and slot == self.reading.slot:
+                self._admission.not_read(self)
             self._admission.taken_back(slot, tokens)
             if self._decode_tokens is None and self._prefill_tokens is None:
                 self._admission.over(self)
@@ -144,7 +174,8 @@ class Admission:
     """Lets requests go to the engines.
 
     Args:
-        pace: grows with the ledger.
+        books: what is known of the engines; None to begin with nothing.
+        pace: grows with them.
         on_waited: told how long each request waited that is let in, seconds.
         view: returns the current view of the cluster.
         timeout_s: nobody waits longer.
@@ -152,14 +183,15 @@ class Admission:
         clock: monotonic seconds.
 
     Attributes:
-        in_flight: legs by engine.
-        ledger: tokens by engine.
+        books: what is known of the engines.
         waiting: how many requests wait.
+        names_wanted: there is a choice that the names of a prompt's blocks decide.
     """
 
     def __init__(
         self,
         *,
+        books: Books | None = None,
         pace: Pace,
         on_waited: Callable[[float], None],
         view: Callable[[], ClusterView],
@@ -168,8 +200,7 @@ class Admission:
         loop: asyncio.AbstractEventLoop,
         clock: Callable[[], float],
     ) -> None:
-        self.in_flight = InFlight()
-        self.ledger = Ledger()
+        self.books = books or Books()
         self._pace = pace
         self._on_waited = on_waited
         self._view = view
@@ -182,7 +213,9 @@ class Admission:
         self._only_model = ""
         self._loads: dict[int, EngineLoad] = {}
         self._pids: dict[int, int] = {}
+        self._roles: dict[int, Role] = {}
         self.waiting = 0
+        self.names_wanted = False
         self._told = 0
         self._is_due = False
 
@@ -316,9 +349,40 @@ class Admission:
         if found is None:
             return Aside.ASIDE if exclude and self._find(wanting, ()) is not None else None
         choice, prompt_tokens, tokens = found
+        self._refuse_late(wanting, choice, prompt_tokens)
         prefill, decode = choice.prefill, choice.decode
         wanting.promised((decode.id,) if prefill is None else (prefill.id, decode.id))
-        return self._promise(choice, prompt_tokens, tokens)
+        promise = self._promise(choice, prompt_tokens, tokens)
+        if prefill is not None or wanting.streams:
+            promise.reading = self.books.sent(choice, _prompt(wanting, prompt_tokens), now=self._clock())
+            if prefill is not None:
+                self.books.asked(decode.facts.model, promise.reading.seconds, decode, now=self._clock())
+        else:
+            promise.read(self._clock())  # its first token will not be seen
+        return promise
+
+    def _refuse_late(self, wanting: Wanting, choice: Choice, tokens: int) -> None:
+        """Nobody is let in whose first token would come too late for those before it. Raises NoCapacityError.
+
+        What the prompt itself takes is its own affair: one that is alone is never too late. Nor is anybody refused for a prediction that
+        is not to be trusted, or that was let in before.
+        """
+        reader = (choice.prefill or choice.decode).slot
+        books, now = self.books, self._clock()
+        wait_s = books.forecast.wait_s(reader, now=now)
+        limit_s = books.slo.ttft_s * _patience(wanting.priority)
+        if wait_s <= limit_s / 2 or books.forecast.doubt(reader):
+            return
+        late_s = books.outlook(_prompt(wanting, tokens), now=now).first_token_s(reader) - limit_s
+        if late_s <= 0.0 or wanting.was_let_in:
+            return
+        if choice.prefill is not None:
+            books.asked(choice.decode.facts.model, books.forecast.pass_s(reader, tokens), choice.decode, now=now)
+        raise NoCapacityError(
+            f"the first token would come in {limit_s + late_s:.0f} s, which is over the limit of {limit_s:g} s; come again later",
+            retry_after_s=min(RETRY_LIMIT_S, max(1, ceil(late_s))),
+            reason="late",
+        )
 
     def _find(self, wanting: Wanting, exclude: Collection[EngineId]) -> tuple[Choice, int, int] | None:
         """Engines with room, and the tokens of a prefill and of a decode engine. Raises UnknownModelError."""
@@ -334,10 +398,15 @@ class Admission:
 
     def _choose(self, wanting: Wanting, exclude: Collection[EngineId]) -> Choice:
         pool = pool_of(self._view(), wanting.model)
-        return choose(pool, self.in_flight, exclude=exclude, unified_only=wanting.unified_only)
+        outlook = None
+        if _is_choice(pool):
+            some = (pool.decode or pool.unified)[0].facts
+            tokens = self._price(wanting, some.model, some.context_tokens)[0]
+            outlook = self.books.outlook(_prompt(wanting, tokens), now=self._clock())
+        return choose(pool, self.books.in_flight, exclude=exclude, unified_only=wanting.unified_only, outlook=outlook)
 
     def _is_full(self, engine: EngineView, tokens: int) -> bool:
-        return not self.ledger.room(engine, tokens, self.in_flight.now[engine.slot])
+        return not self.books.ledger.room(engine, tokens, self.books.in_flight.now[engine.slot])
 
     def _all_full(self, wanting: Wanting, prompt_tokens: int, tokens: int) -> list[EngineId]:
         pool = pool_of(self._view(), wanting.model)
@@ -345,18 +414,17 @@ class Admission:
         return [e.id for engines, tokens in needs for e in engines if self._is_full(e, tokens)]
 
     def _promise(self, choice: Choice, prefill_tokens: int, decode_tokens: int) -> Promise:
+        in_flight, ledger = self.books.in_flight, self.books.ledger
         if choice.prefill is not None:
-            self.in_flight.start(choice.prefill.slot)
-            self.ledger.reserve(choice.prefill.slot, prefill_tokens)
-        self.in_flight.start(choice.decode.slot)
-        self.ledger.reserve(choice.decode.slot, decode_tokens)
+            in_flight.start(choice.prefill.slot)
+            ledger.reserve(choice.prefill.slot, prefill_tokens)
+        in_flight.start(choice.decode.slot)
+        ledger.reserve(choice.decode.slot, decode_tokens)
         return Promise(self, choice, prefill_tokens, decode_tokens)
 
     def _price(self, wanting: Wanting, model: str, limit: int = 0) -> tuple[int, int]:
         """Tokens of a prefill and of a decode engine; `limit` is the longest context of one answer."""
-        prompt, first = self.ledger.price(model, wanting.body_bytes, wanting.max_tokens, limit)
-        more = wanting.answers - 1
-        return prompt, first + more * min(RESERVED_TOKENS, wanting.max_tokens or RESERVED_TOKENS) if more else first
+        return self.books.price(model, wanting.body_bytes, wanting.max_tokens, wanting.answers, limit)
 
     def _longest_context(self, wanting: Wanting) -> int:
         """Of the engines that may answer it; 0 if unknown. A body that is longer than any of them takes costs no more than they have."""
@@ -382,8 +450,7 @@ class Admission:
         return queue
 
     def _grow(self, slots: int) -> None:
-        self.in_flight.grow(slots)
-        self.ledger.grow(slots)
+        self.books.grow(slots)
         self._pace.grow(slots)
 
     def learn(self, choice: Choice, body_bytes: int, answer: bytes) -> None:
@@ -393,14 +460,44 @@ class Admission:
             return
         usage = _PROMPT_TOKENS.search(answer, max(0, len(answer) - _USAGE_WITHIN))
         if usage is not None:
-            self.ledger.learn(choice.decode.facts.model, body_bytes, int(usage[1]))
+            self.books.ledger.learn(choice.decode.facts.model, body_bytes, int(usage[1]))
+            written = _ANSWER_TOKENS.search(answer, max(0, len(answer) - _USAGE_WITHIN))
+            if written is not None:
+                self.books.forecast.answered(int(written[1]))
+
+    # --- what becomes of it
+
+    def token_gap(self, decode: int, seconds: float, count: int, longest_s: float) -> None:
+        """Tokens came, as `Pace.token_gap` is told of them."""
+        self._pace.token_gap(decode, seconds, count, longest_s)
+        if seconds > 0.0:
+            self.books.forecast.stepped(decode, seconds, now=self._clock())
+
+    def read(self, promise: Promise, now: float, *, writes: bool) -> None:
+        """Its first token came; `writes` if its answer is being written."""
+        reading, promise.reading = promise.reading, None
+        choice, forecast = promise.choice, self.books.forecast
+        if reading is not None:
+            forecast.read(reading, None if choice.prefill is None else choice.decode.slot, now=now)
+        if writes:
+            forecast.began(choice.decode.slot, promise.tokens(choice.decode.slot))
+
+    def not_read(self, promise: Promise) -> None:
+        """It ended before its first token."""
+        reading, promise.reading = promise.reading, None
+        assert reading is not None
+        self.books.forecast.left(reading, now=self._clock())
+
+    def written(self, slot: int, tokens: int) -> None:
+        """Its answer ended, or nobody wants it any more."""
+        self.books.forecast.ended(slot, tokens)
 
     # --- out
 
     def taken_back(self, slot: int, tokens: int) -> None:
         """A leg ended."""
-        self.in_flight.end(slot)
-        self.ledger.release(slot, tokens)
+        self.books.in_flight.end(slot)
+        self.books.ledger.release(slot, tokens)
         if self.waiting:
             self.look_soon()
 
@@ -421,13 +518,20 @@ class Admission:
         if engines:
             self._grow(engines[-1].slot + 1)
         for engine in engines:
-            if engine.load is not self._loads.get(engine.slot):
-                self._loads[engine.slot] = engine.load
-                if self._pids.get(engine.slot, engine.address.pid) != engine.address.pid:
-                    self.ledger.forget(engine.slot)
-                self._pids[engine.slot] = engine.address.pid
-                self.ledger.note_report(engine.slot, engine.load)
+            self._note(engine)
+        self.names_wanted = any(len(pool.prefill) + len(pool.unified) > 1 for pool in view.pools.values())
         self.look_soon()
+
+    def _note(self, engine: EngineView) -> None:
+        """What changed of one engine."""
+        slot, address, books = engine.slot, engine.address, self.books
+        if (self._pids.get(slot, address.pid), self._roles.get(slot, address.role)) != (address.pid, address.role):
+            books.restarted(slot)
+        self._pids[slot], self._roles[slot] = address.pid, address.role
+        if engine.load is not self._loads.get(slot):
+            self._loads[slot] = engine.load
+            books.ledger.note_report(slot, engine.load)
+            books.holds(engine)
 
     def look_soon(self) -> None:
         """Those who wait are looked at in the loop's next round."""
@@ -441,12 +545,27 @@ class Admission:
             due = queue.next_deadline()
             if due is not None and due <= now:
                 self._send_away(queue.expire(now=now, jitter=self._chance()))
+        self.books.forecast.tick(now)
         self.look_soon()
 
     def _look(self) -> None:
         self._is_due = False
         for queue in self._queues.values():
             self._pump(queue)
+
+
+def _prompt(wanting: Wanting, tokens: int) -> Prompt:
+    return Prompt(tokens, wanting.prompt_bytes, wanting.names)
+
+
+def _is_choice(pool: Pool) -> bool:
+    """There is something to choose: an only pair is the best there is."""
+    return len(pool.prefill) > 1 or len(pool.decode) > 1 or len(pool.unified) > 1 or bool(pool.unified and pool.decode)
+
+
+def _patience(priority: int) -> float:
+    """How much longer than others a request may wait for its first token."""
+    return 1.0 if priority == 0 else 2.0 if priority > 0 else 0.5
 
 
 def _refusal(shed: Shed, why_not_ready: str) -> DisaggError:

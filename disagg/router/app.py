@@ -7,6 +7,7 @@ of a token. `handler_cancellation` is on, so that a client that leaves cancels i
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -185,19 +186,20 @@ class PublicListener:
         user, priority = _user(http), _priority(http)
         jobs = [Job(request, body, i, deadline_at, record, user=user, priority=priority) for i, body in enumerate(bodies)]
         if len(bodies) > 1 or request.merge_logprobs:
-            await Composition(owner, self._metrics, self._relay.pace, request, client, jobs).answer()
+            await Composition(owner, self._metrics, self._relay.admission.token_gap, request, client, jobs).answer()
         elif request.stream:
             await self._serve_stream(request, jobs[0], client)
         else:
             await self._serve_whole(jobs[0], client)
 
     async def _serve_stream(self, request: ClientRequest, job: Job, client: Client) -> None:
-        stream = Stream(request, job.rest, self._metrics.itl.observe, self._relay.pace)
+        stream = Stream(request, job.rest, self._metrics.itl.observe, self._relay.admission.token_gap)
         try:
             await self._owner.run(job, lambda attempt, number: stream.leg(attempt, number, client), client, stream)
             self._metrics.ttft.observe(stream.first_token_at - job.record.started_at)
         finally:
             stream.journal.fold()
+        self._owner.answered(stream.journal.events)
 
     async def _serve_whole(self, job: Job, client: Client) -> None:
         attempt = await self._owner.run(job, lambda attempt, _number: WholeLeg(attempt), client)
@@ -240,8 +242,9 @@ class PublicListener:
 
     async def _parse(self, route: Route, body: bytes) -> ClientRequest:
         if len(body) <= LARGE_BODY:
-            return parse_request(route, body)
-        return await self._relay.loop.run_in_executor(self._reader, parse_request, route, body)
+            return parse_request(route, body, named=self._owner.names_wanted)
+        parse = functools.partial(parse_request, route, body, named=self._owner.names_wanted)
+        return await self._relay.loop.run_in_executor(self._reader, parse)
 
     def _too_large(self, client: Client) -> BodyTooLargeError:
         client.must_close()

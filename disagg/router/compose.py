@@ -6,7 +6,6 @@ import asyncio
 
 from disagg.errors import DisaggError, EngineError
 from disagg.observe.metrics import RouterMetrics
-from disagg.policy.pace import Pace
 from disagg.router.attempt import Attempt
 from disagg.router.client import Client
 from disagg.router.legs import EventLeg, WholeLeg
@@ -14,7 +13,7 @@ from disagg.router.merge import InputLogprobs, StreamMerge, merge_whole
 from disagg.router.openai import DONE_EVENT, ClientRequest
 from disagg.router.owner import Owner
 from disagg.router.relay import Job, LegFactory
-from disagg.router.stream import Stream
+from disagg.router.stream import StepSink, Stream
 
 LOGPROBS_WAIT_S = 5.0
 
@@ -26,7 +25,9 @@ class Composition:
         jobs: one per sample, in the order of the samples.
     """
 
-    def __init__(self, owner: Owner, metrics: RouterMetrics, pace: Pace, request: ClientRequest, client: Client, jobs: list[Job]) -> None:
+    def __init__(
+        self, owner: Owner, metrics: RouterMetrics, on_step: StepSink, request: ClientRequest, client: Client, jobs: list[Job]
+    ) -> None:
         self._owner = owner
         self._metrics = metrics
         self._request = request
@@ -34,7 +35,7 @@ class Composition:
         self._jobs = jobs
         self._merge = StreamMerge(request)
         self._logprobs: dict[int, InputLogprobs] = {}
-        self._streams = [Stream(request, job.rest, metrics.itl.observe, pace) for job in jobs] if request.stream else []
+        self._streams = [Stream(request, job.rest, metrics.itl.observe, on_step) for job in jobs] if request.stream else []
 
     async def answer(self) -> None:
         """Writes the answer to the client.

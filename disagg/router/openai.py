@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from itertools import accumulate
 from typing import Annotated, Any
@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import msgspec
 
 from disagg.errors import DisaggError, EngineError, EngineRefusedError, RequestError
+from disagg.policy.history import names_of
 
 MAX_DEPTH = 64
 MAX_SAMPLES = 64
@@ -130,9 +131,24 @@ class ClientRequest:
         include_usage: whether the stream ends with a usage chunk.
         merge_logprobs: whether prefill's input logprobs belong in front of decode's.
         max_tokens: how long one answer may become; None if the client leaves it open.
+        names: of the blocks of its prompt, see `disagg.policy.history`; empty where nobody asked for them, or for a list of prompts.
+        prompt_bytes: of its prompt; 0 for a list of prompts.
     """
 
-    __slots__ = ("include_usage", "max_tokens", "merge_logprobs", "model", "path", "prompts", "rest", "route", "samples", "stream")
+    __slots__ = (
+        "include_usage",
+        "max_tokens",
+        "merge_logprobs",
+        "model",
+        "names",
+        "path",
+        "prompt_bytes",
+        "prompts",
+        "rest",
+        "route",
+        "samples",
+        "stream",
+    )
 
     def __init__(self, route: Route, model: str, rest: bytes, *, stream: bool) -> None:
         self.route = route
@@ -145,10 +161,17 @@ class ClientRequest:
         self.include_usage = False
         self.merge_logprobs = False
         self.max_tokens: int | None = None
+        self.names: Sequence[int] = ()
+        self.prompt_bytes = 0
 
 
-def parse_request(route: Route, body: bytes) -> ClientRequest:
+def parse_request(route: Route, body: bytes, *, named: bool = False) -> ClientRequest:
     """Checks a body and takes from it what the router must know.
+
+    Args:
+        route: where it came in.
+        body: as it came.
+        named: the blocks of its prompt are to be named.
 
     Raises:
         RequestError: the body is not JSON, not an object, too deep, or a field has a wrong type or value.
@@ -163,10 +186,12 @@ def parse_request(route: Route, body: bytes) -> ClientRequest:
     _check_nesting(body)
     rest = _without_own_keys(fields, body)
     request = ClientRequest(route, fields.model or "", rest, stream=bool(fields.stream))
-    if route is Route.GENERATE:
-        _note_generate(request, fields)
-    else:
-        _note_openai(request, fields)
+    prompt = _note_generate(request, fields) if route is Route.GENERATE else _note_openai(request, fields)
+    if request.prompts is None:
+        text = memoryview(prompt)
+        request.prompt_bytes = len(text)
+        if named:
+            request.names = names_of(text)
     if request.prompts is not None and not 1 <= request.prompts <= MAX_PROMPTS:
         raise RequestError(f"a prompt list holds 1 to {MAX_PROMPTS} prompts, this one {_at_least(request.prompts)}", param="prompt")
     if request.samples > 1:
@@ -283,7 +308,8 @@ def _without_own_keys(fields: _OwnKeys, body: bytes) -> bytes:
 _MANY_BLANKS = 64
 
 
-def _note_openai(request: ClientRequest, fields: Any) -> None:
+def _note_openai(request: ClientRequest, fields: Any) -> msgspec.Raw:
+    """Takes what the router must know; returns the prompt."""
     request.samples = fields.n or 1
     request.include_usage = bool(fields.stream_options and fields.stream_options.include_usage)
     if request.route is Route.COMPLETIONS:
@@ -292,11 +318,12 @@ def _note_openai(request: ClientRequest, fields: Any) -> None:
         _check_start(fields.prompt, b'"[', "prompt")
         request.prompts = _list_length(fields.prompt)
         request.max_tokens = fields.max_tokens or DEFAULT_TOKENS[Route.COMPLETIONS]
-    elif not _given(fields.messages):
+        return fields.prompt  # type: ignore[no-any-return]
+    if not _given(fields.messages):
         raise RequestError("`messages` is missing: send a list of {role, content} objects", param="messages")
-    else:
-        _check_start(fields.messages, b"[", "messages")
-        request.max_tokens = fields.max_completion_tokens or fields.max_tokens
+    _check_start(fields.messages, b"[", "messages")
+    request.max_tokens = fields.max_completion_tokens or fields.max_tokens
+    return fields.messages  # type: ignore[no-any-return]
 
 
 def _check_start(raw: msgspec.Raw, allowed: bytes, field: str) -> None:
@@ -309,7 +336,8 @@ def _given(raw: msgspec.Raw) -> bool:
     return raw is not _EMPTY and not _NULL.fullmatch(memoryview(raw))  # a `Raw` never equals bytes
 
 
-def _note_generate(request: ClientRequest, fields: _GenerateFields) -> None:
+def _note_generate(request: ClientRequest, fields: _GenerateFields) -> msgspec.Raw:
+    """Takes what the router must know; returns the prompt."""
     if _given(fields.input_embeds):
         raise RequestError("`input_embeds` cannot be handed over between engines: send text or input_ids", param="input_embeds")
     given = [raw for raw in (fields.text, fields.input_ids) if _given(raw)]
@@ -326,6 +354,7 @@ def _note_generate(request: ClientRequest, fields: _GenerateFields) -> None:
     request.samples = counts.pop()
     logprob = fields.return_logprob
     request.merge_logprobs = any(logprob) if isinstance(logprob, list) else bool(logprob)
+    return given[0]
 
 
 def _sampling_fields(raw: msgspec.Raw) -> list[_SamplingFields]:

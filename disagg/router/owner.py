@@ -112,10 +112,19 @@ class Owner:
         """A whole answer tells how many tokens its prompt had."""
         self._admission.learn(choice, body_bytes, answer)
 
+    def answered(self, tokens: int) -> None:
+        """A stream came to its end; about so many tokens."""
+        self._admission.books.forecast.answered(tokens)
+
     def changed(self) -> None:
         """Engines came, went or reported: those who wait look anew."""
         self._admission.changed()
         self._wake()
+
+    @property
+    def names_wanted(self) -> bool:
+        """There is a choice that the names of a prompt's blocks decide."""
+        return self._admission.names_wanted
 
     @property
     def waiting(self) -> int:

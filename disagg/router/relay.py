@@ -83,6 +83,8 @@ class Job:
         max_tokens: how long one answer may become.
         body_bytes: of `rest`.
         answers: how many answers `rest` asks for.
+        names, prompt_bytes: of its prompt, as in `ClientRequest`.
+        streams: its first token is seen when it comes.
         unified_only: it still asks for several samples: it was not split, because only unified engines were there; a pair must not see it.
         arrived_at: when it came.
     """
@@ -95,11 +97,14 @@ class Job:
         "deadline_at",
         "max_tokens",
         "model",
+        "names",
         "priority",
+        "prompt_bytes",
         "record",
         "request",
         "rest",
         "sample",
+        "streams",
         "trial",
         "unified_only",
         "user",
@@ -127,7 +132,15 @@ class Job:
         self.trial: Trial | None = None
         self.model = request.model
         self.max_tokens = request.max_tokens
+        self.names = request.names
+        self.prompt_bytes = request.prompt_bytes
+        self.streams = request.stream
         self.ask_for(rest)
+
+    @property
+    def was_let_in(self) -> bool:
+        """It was on its way before, and lost its engine."""
+        return self.attempts > 0
 
     def ask_for(self, rest: bytes) -> None:
         """The next attempt has this body."""
@@ -413,7 +426,7 @@ class Relay:
 
     def legs_of(self, slot: int) -> int:
         """How many legs run on the engine in this slot."""
-        counts = self.admission.in_flight.now
+        counts = self.admission.books.in_flight.now
         return counts[slot] if slot < len(counts) else 0
 
     async def ask(self, choice: Choice, body: bytes) -> bytes:
@@ -492,6 +505,7 @@ class Relay:
         if choice.prefill is not None or not attempt.whole:
             prefill_slot = choice.prefill.slot if choice.prefill is not None else None
             self.pace.first_token(prefill_slot, choice.decode.slot, work, now - attempt.sent_at)
+            attempt.promise.read(now)
         self._on_handed_over(choice)
         if attempt.on_handed_over is not None:
             attempt.on_handed_over()

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import msgspec
 
 from disagg.errors import EngineError
-from disagg.policy.pace import Pace
 from disagg.router.attempt import Attempt, DecodeLeg
 from disagg.router.client import Client
 from disagg.router.journal import GapSink, Journal, Said
@@ -24,6 +23,7 @@ PROMPT_TAIL = 5
 """So many of the prompt's ids stand before the answer's when its text is asked for, as with SGLang: a tokenizer may not know otherwise
 whether a word begins with a space."""
 
+StepSink = Callable[[int, float, int, float], None]
 Ask = Callable[[str, Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
 """Posts JSON to a path of some engine that serves the model; raises EngineError."""
 
@@ -50,16 +50,16 @@ class Stream:
         request: the client's.
         rest: the body of its first attempt, without its opening brace.
         on_gap: told of the time between two events, as `Journal` tells it.
-        pace: told how fast engines are.
+        on_step: told how fast engines are, as `Pace.token_gap` is.
 
     Attributes:
         journal: of all that the client was told.
     """
 
-    def __init__(self, request: ClientRequest, rest: bytes, on_gap: GapSink, pace: Pace) -> None:
+    def __init__(self, request: ClientRequest, rest: bytes, on_gap: GapSink, on_step: StepSink) -> None:
         self.journal = Journal(request.route, on_gap)
         self.journal.on_fold = self._paced
-        self._pace = pace
+        self._on_step = on_step
         self._request = request
         self._rest = rest
         self._seam: Seam | None = None
@@ -223,7 +223,7 @@ class Stream:
     def _paced(self, seconds: float, events: int, longest_s: float) -> None:
         attempt = self._attempts[-1]
         if not attempt.was_paused:  # how fast the client reads is not the engine's pace
-            self._pace.token_gap(attempt.choice.decode.slot, seconds, events, longest_s)
+            self._on_step(attempt.choice.decode.slot, seconds, events, longest_s)
         attempt.was_paused = attempt.stalled
 
     def _note(self, attempt: Attempt) -> None:

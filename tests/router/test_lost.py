@@ -46,7 +46,10 @@ def relay_of(rig: Rig) -> Relay:
 
 async def nothing_left(rig: Rig) -> None:
     """No engine works for anybody, and the router counts nothing."""
-    await until(lambda: not any(e.live for e in rig.engines) and not any(relay_of(rig).admission.in_flight.now))
+    books = relay_of(rig).admission.books
+    await until(lambda: not any(e.live for e in rig.engines) and not any(books.in_flight.now))
+    assert books.is_empty
+    books.check()
 
 
 @contextlib.contextmanager
@@ -147,8 +150,8 @@ async def test_a_client_that_leaves_while_one_engine_is_being_connected_leaves_n
     with hole(rig.prefill.port):
         with pytest.raises(TimeoutError):
             await rig.post(CHAT, timeout=aiohttp.ClientTimeout(total=0.3))
-        await until(lambda: not any(relay_of(rig).admission.in_flight.now))
-        assert min(relay_of(rig).admission.in_flight.now) == 0
+        await until(lambda: not any(relay_of(rig).admission.books.in_flight.now))
+        assert min(relay_of(rig).admission.books.in_flight.now) == 0
 
 
 async def test_those_who_choose_while_another_connects_see_its_engines_taken() -> None:

@@ -15,8 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disagg.errors import EngineError
-from disagg.handoff import Limits
-from disagg.policy.pace import Pace
 from disagg.router.openai import DONE_EVENT, Route, parse_event, parse_request
 from disagg.router.seam import OBSTACLE_NAMES, OBSTACLES, aligned, question, token_limit, why_not
 from disagg.router.stream import Ask, Stream
@@ -52,7 +50,7 @@ def ran(running: Coroutine[Any, Any, Any]) -> Any:
 
 def stream_of(route: Route, body: Mapping[str, Any], engine: FunctionEngine) -> Stream:
     request = parse_request(route, msgspec.json.encode(body))
-    made = Stream(request, request.rest, lambda _seconds, _count: None, Pace(Limits(), 600.0))
+    made = Stream(request, request.rest, lambda _seconds, _count: None, lambda *_: None)
     made.journal.on_fold = None
     made.journal.with_ids = engine.with_ids
     made._context = engine.context

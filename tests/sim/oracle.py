@@ -73,8 +73,11 @@ def _router(world: World) -> list[Found]:
     assert router is not None
     if router._relay.live:
         found.append(Found("attempts", f"{router._relay.live} attempts live: {list(router._relay._live)}"))
-    if any(router._relay.admission.in_flight.now):
-        found.append(Found("in flight", f"{router._relay.admission.in_flight.now}"))
+    books = router._relay.admission.books
+    if not books.is_empty:
+        found.append(Found("books", f"{books}"))
+    if any(books.in_flight.now):
+        found.append(Found("in flight", f"{books.in_flight.now}"))
     if router.metrics.inflight:
         found.append(Found("in flight", f"{router.metrics.inflight} requests"))
     tasks, ends = world.residue()
