@@ -138,7 +138,7 @@ def root(
 
 
 @app.command()
-@with_settings("cluster", "router", "engine", "security", "observe")
+@with_settings("cluster", "router", "engine", "slo", "policy", "security", "observe")
 def serve(
     *,
     role: Annotated[ServeRole, typer.Option(help="What this host does.")],
@@ -161,7 +161,7 @@ def serve(
 
 
 @app.command()
-@with_settings("cluster", "router", "engine", "observe", leave_out=NOT_OF_UP)
+@with_settings("cluster", "router", "engine", "slo", "policy", "observe", leave_out=NOT_OF_UP)
 def up(
     *,
     prefill: Annotated[int | None, typer.Option(min=0, help="How many prefill engines.  [default: 1]")] = None,
@@ -196,7 +196,7 @@ def check(
         _say(default_toml().rstrip())
         return
     loaded = _load(config)
-    for setting in settings("cluster", "router", "engine", "security", "observe"):
+    for setting in settings("cluster", "router", "engine", "slo", "policy", "security", "observe"):
         value = getattr(getattr(loaded, setting.section), setting.key)
         mark = "*" if value != setting.default else " "
         _say(f"{mark} {setting.section}.{setting.key:<26} {value!r:<24} {setting.text}")

@@ -152,6 +152,34 @@ class EngineEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     engine_args: tuple[str, ...] = ()
 
 
+class SloSection(msgspec.Struct, frozen=True):
+    """What is promised to clients."""
+
+    ttft_s: Annotated[
+        _Seconds, _doc("Who would wait longer than this for a first token, because of those before it, is sent away at once.")
+    ] = 10.0
+    itl_s: Annotated[_Seconds, _doc("How long a step of a decode engine may take; says how many answers one can write at once.")] = 0.1
+
+
+class PolicySection(msgspec.Struct, frozen=True):
+    """Which engines do what."""
+
+    flips: Annotated[
+        str,
+        _doc(
+            "auto: engines are moved between prefill and decode as the load changes; advise: it is only said; off: never.",
+            pattern=r"^(auto|advise|off)\Z",
+        ),
+    ] = "auto"
+    speed: Annotated[
+        float,
+        _doc("How many times as fast the load is watched and engines are moved; for trials.", flag="--policy-speed", ge=0.1, le=1000),
+    ] = 1.0
+    unified_share: Annotated[
+        float, _doc("Share of requests that go to unified engines where pairs are there, too, to compare them.", ge=0.0, le=1.0)
+    ] = 0.0
+
+
 class SecuritySection(msgspec.Struct, frozen=True):
     """Keys and tokens."""
 
@@ -176,6 +204,8 @@ class Config(msgspec.Struct, frozen=True):
     router: RouterSection = RouterSection()
     engine: EngineSection = EngineSection()
     engines: tuple[EngineEntry, ...] = ()
+    slo: SloSection = SloSection()
+    policy: PolicySection = PolicySection()
     security: SecuritySection = SecuritySection()
     observe: ObserveSection = ObserveSection()
 

@@ -23,6 +23,7 @@ from disagg.cluster.change import Limits as ChangeLimits
 from disagg.cluster.controller import CHANGES_KEPT, Controller
 from disagg.cluster.examiner import Examiner
 from disagg.cluster.head import Head
+from disagg.cluster.matcher import Matcher
 from disagg.cluster.prober import Prober
 from disagg.cluster.reaper import Reaper
 from disagg.cluster.registrar import Registrar
@@ -37,6 +38,8 @@ from disagg.life import Say, Stop, file_limit, owned_tasks, set_limits, settle_m
 from disagg.model import EngineAddress, EngineId, EngineState, EngineView, Role
 from disagg.observe.log import Sink, make_logger
 from disagg.observe.metrics import RouterMetrics
+from disagg.policy.balance import Pace as Tempo
+from disagg.policy.books import Books, Slo
 from disagg.policy.holds import Hold
 from disagg.policy.pace import Pace
 from disagg.router.admin import admin_app, no_control_plane
@@ -230,7 +233,10 @@ async def router_running(
         metrics = RouterMetrics(lambda: controller.view)
         ids = Ids(entropy)
         pace = Pace(_limits(config), section.whole_answer_timeout_s)
+        tempo = Tempo().scaled(config.policy.speed)
+        books = Books(Slo(config.slo.ttft_s, config.slo.itl_s), window_s=tempo.window_s)
         admission = Admission(
+            books=books,
             pace=pace,
             on_waited=metrics.queue.observe,
             view=lambda: controller.view,
@@ -287,8 +293,9 @@ async def router_running(
         metrics.canaries = examiner.outcomes
         reaper = controller.watch_for_orphans(relay)
         metrics.orphans = reaper.actions
+        matcher = controller.match_rates(books=books, flips=config.policy.flips, pace=tempo, waiting=admission.waiting_for)
         metrics.holds = lambda: relay.holds(relay.clock())
-        orders = Orders(controller, head, reaper)
+        orders = Orders(controller, head, reaper, matcher)
         metrics.ejections = controller.ejections
         metrics.control = orders
         metrics.prefixes = controller.prefixes
@@ -300,6 +307,7 @@ async def router_running(
                 why_not_ready=listener.why_not_ready,
                 prefixes=controller.prefixes,
                 relay=relay,
+                standings=matcher.standings,
                 metrics=metrics,
                 orders=orders,
             ),
@@ -383,16 +391,22 @@ def _router_key(config: Config, root: Path, say: Say) -> KeyPair:
 class Orders:
     """What the admin listener may ask for: the controller's and the control plane's, in one place."""
 
-    def __init__(self, controller: Controller, head: Head | None, reaper: Reaper) -> None:
+    def __init__(self, controller: Controller, head: Head | None, reaper: Reaper, matcher: Matcher) -> None:
         self._head = head
         self._reaper = reaper
+        self._matcher = matcher
         self._controller = controller
         self.drain = controller.drain
         self.undrain = controller.undrain
-        self.flip = controller.flip
         self.restart = controller.restart
         self.story = controller.story
         self.beware = controller.beware
+
+    def flip(self, engine: str, role: Role, cause: str) -> int:
+        """Another role; returns the number of the change."""
+        number = self._controller.flip(engine, role, cause)
+        self._matcher.ordered(EngineId(engine))
+        return number
 
     def change(self, number: int) -> dict[str, Any]:
         """How a change fares."""

@@ -8,6 +8,7 @@ from typing import Any
 WELL = frozenset({"ready", "online"})
 GONE = frozenset({"dead", "held"})
 """Nothing runs there: what was reported last is the past."""
+_ENOUGH = 8  # samples, from which on a doubt is more than a beginning
 _WORTH_SAYING = (", but ", "; ")
 """What joins something that is not well to the reason of something that is."""
 
@@ -29,9 +30,26 @@ def table(cluster: Mapping[str, Any]) -> str:
     cut = [(f"{c['prefill']} with {c['decode']}", str(c["reason"])) for c in cluster.get("cut", [])]
     if cut:
         parts.append(_columns(("CUT", "WHY (the router tries again by itself)"), cut))
+    parts += [_ratio(row) for row in cluster.get("ratio", [])]
     served = "Requests can be served." if cluster.get("ready") else f"No request can be served: {cluster.get('reason', 'unknown')}."
     parts.append(" ".join([served, *_requests(cluster.get("requests", {}))]))
     return "\n\n".join(parts)
+
+
+def _ratio(row: Mapping[str, Any]) -> str:
+    """How the pools of a model stand, and why engines are moved or not."""
+    shares = zip(("prefill", "decode"), row["offered"], row["pressures"], strict=True)
+    asked = ", ".join(
+        f"{offered:.2g} {role} engines" + (f" ({p:.0%} of what they may do)" if p is not None else "") for role, offered, p in shares
+    )
+    here, wanted = f"{row['prefill']}P:{row['decode']}D", f"{row['wanted'][0]}P:{row['wanted'][1]}D"
+    lines = [
+        f"RATIO of {row['model']}: {here}, wanted {wanted}; flips are {row['flips']}",
+        f"  asked for: {asked}, seen for {row['watched_s']:.0f} s",
+        f"  {row['decided_s_ago']:.0f} s ago: {row['reason']}",
+    ]
+    lines += [f"  {ago:.0f} s ago: {what}" for ago, what in row["history"]]
+    return "\n".join(_printable(line) for line in lines)
 
 
 def _requests(requests: Mapping[str, Any]) -> list[str]:
@@ -58,9 +76,19 @@ def _why(thing: Mapping[str, Any]) -> str:
     notes = [said] if said else []
     notes += [] if said or cache["known"] else [f"prefix cache unknown: {cache['reason']}"]
     slow = thing.get("weight", 1.0)
+    notes += _doubts(thing.get("forecast"))
     notes += [f"it is {slow:g} times as slow as the median of its pool, and gets that much less work"] if slow > 1.0 else []
     notes += [f"{kept} tokens of its KV pool are kept from use: a peer that is gone might still write into them"] if kept else []
     return "; ".join(notes)
+
+
+def _doubts(forecast: Mapping[str, Any] | None) -> list[str]:
+    """What of an engine's predictions is not to be trusted, once it has worked for a while."""
+    if forecast is None:
+        return []
+    names = {"reads": "how long it reads", "steps": "how long its steps take"}
+    told = [(names[name], forecast[name]) for name in names if name in forecast]
+    return [f"{what} is not trusted: {line['doubt']}" for what, line in told if line["samples"] >= _ENOUGH and line["doubt"]]
 
 
 def hosts_table(hosts: Sequence[Mapping[str, Any]]) -> str:

@@ -268,7 +268,7 @@ def test_any_text_is_a_config_or_a_config_error(text: str, before: str) -> None:
         ("[router]\nconect_timeout_s = 1", "disagg.toml:2: router.conect_timeout_s = 1 is not a setting; did you mean connect_timeout_s?"),
         ("[observe]\nzzz = 1", "disagg.toml:2: observe.zzz = 1 is not a setting; there is log_level, log_format"),
         ("\n[ruter]\n", "disagg.toml:2: there is no section [ruter]; did you mean router?"),
-        ("[zzz]", "disagg.toml:1: there is no section [zzz]; there is cluster, router, engine, engines, security, observe"),
+        ("[zzz]", "disagg.toml:1: there is no section [zzz]; there is cluster, router, engine, engines, slo, policy, security, observe"),
         ("router = 3", "disagg.toml:1: router = 3 stands outside a section; router is a section, write [router]"),
         ('[router]\n\n"body_limit_mib" = true', "disagg.toml:3: router.body_limit_mib = True is not allowed: expected int, got bool"),
         ("[router]\nbody_limit_mib = 0", "disagg.toml:2: router.body_limit_mib = 0 is not allowed: expected int >= 1"),

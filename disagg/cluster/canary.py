@@ -78,7 +78,8 @@ def read_answer(body: bytes) -> Answer:
         answer = msgspec.json.decode(body, type=dict[str, Any])
         ids = tuple(int(i) for i in answer["output_ids"])
         tops = answer["meta_info"].get("output_top_logprobs") or []
-        margins = tuple(float(best[0]) - float(second[0]) for best, second, *_ in tops)
+        # An engine that plays one with other hardware has no probabilities to tell: then every token counts.
+        margins = tuple(float(best[0]) - float(second[0]) for best, second, *_ in tops) if all(tops) else ()
     except (msgspec.DecodeError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise EngineError(f"a canary's answer makes no sense: {type(error).__name__}") from error
     return Answer(ids, margins if len(margins) == len(ids) else (float("inf"),) * len(ids))

@@ -53,6 +53,7 @@ from disagg.cluster.detector import (
     Troubled,
 )
 from disagg.cluster.examiner import Examiner
+from disagg.cluster.matcher import Matcher
 from disagg.cluster.prober import Prober
 from disagg.cluster.reaper import Entries, Reaper
 from disagg.cluster.transport import Bucket
@@ -197,6 +198,7 @@ class Controller:
         self.on_view: Callable[[], None] | None = None
         self.examiner: Examiner | None = None
         self.reaper: Reaper | None = None
+        self.matcher: Matcher | None = None
         self.view = self._make_view()
 
     def attach(self, data: DataPath, control: Hosts | None = None, examiner: Examiner | None = None, pace: Pace | None = None) -> None:
@@ -210,6 +212,11 @@ class Controller:
         """From now on work that none of these entries explains is ended."""
         self.reaper = Reaper(table=self, entries=entries, prober=self._prober, spawn=self._spawn)
         return self.reaper
+
+    def match_rates(self, **settings: Any) -> Matcher:
+        """From now on engines are moved as the load wants it; the settings are those of `Matcher`."""
+        self.matcher = Matcher(table=self, log=self._log, **settings)
+        return self.matcher
 
     # --- life
 
@@ -259,6 +266,8 @@ class Controller:
         if self.reaper is not None:
             self.reaper.look(now)
         self._look_at_sick(now)
+        if self.matcher is not None:
+            self.matcher.look(now)
         if self._stale_at is not None and now - self._stale_at >= LOADS_SHOWN_S:
             self._publish()
 

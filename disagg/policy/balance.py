@@ -116,7 +116,7 @@ class Situation(msgspec.Struct, frozen=True):
         prompt_s: what a prompt keeps a prefill engine busy for, on average.
         late_s: how long a prompt that came now would wait in the prefill pool.
         late_limit_s: how long it may take to its first token.
-        kv_share: of the decode pool's KV that is promised.
+        kv_share: of the decode pool's room, in KV or in requests, that is promised.
         waiting: requests that wait for room.
         flip_s: what the last move took, or is expected to.
         lost_cache_s: prefill time that the prefix cache of the engine would save within a horizon.
@@ -269,6 +269,8 @@ class Balance:
 
     def _weigh(self, situation: Situation, wanted: tuple[int, int], now: float) -> Verdict:
         here = (situation.prefill, situation.decode)
+        if sum(here) <= 2:
+            return Verdict(Move.STAY, here, "one engine of each is the least there can be: there is nothing to move")
         move = Move.TO_PREFILL if wanted[0] > here[0] else Move.TO_DECODE if wanted[0] < here[0] else Move.STAY
         self._in_a_row = self._in_a_row + 1 if move is self._last else 1
         self._last = move

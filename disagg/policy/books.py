@@ -20,6 +20,7 @@ from disagg.policy.route import InFlight
 
 CACHE_TOKENS = 1 << 20
 """What an engine is taken to hold that does not say how much it has room for."""
+_HIT_SHARE = 0.02
 MODELS_LIMIT = 64
 """Of so many models the demand is kept; names that clients make up are none of them."""
 
@@ -66,6 +67,7 @@ class Books:
         self.history = PrefixHistory()
         self._window_s = window_s
         self._demands: dict[str, Demand] = {}
+        self._hit_share = 0.0
 
     def grow(self, slots: int) -> None:
         """Makes room for engines up to this many slots."""
@@ -122,7 +124,15 @@ class Books:
         cached = min(self.cached(prompt).get(reader, 0), max(0, prompt.tokens - 1))
         if prompt.names:
             self.history.sent(reader, prompt.names)
+            self._hit_share += _HIT_SHARE * (cached / max(1, prompt.tokens) - self._hit_share)
         return self.forecast.sent(reader, prompt.tokens - cached, cached, now=now)
+
+    def worth_s(self, engine: EngineView, horizon_s: float) -> float:
+        """Prefill seconds that an engine's cache saves within a horizon, at most what it took to fill it: what is lost when it goes."""
+        forecast, slot = self.forecast, engine.slot
+        held = self.history.blocks(slot) * BLOCK / self.ledger.bytes_per_token(engine.facts.model)
+        token_s = forecast.pass_s(slot, 1000) / 1000
+        return min(held * token_s * self._hit_share, horizon_s * self._hit_share)
 
     # --- demand
 

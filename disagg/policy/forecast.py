@@ -388,6 +388,11 @@ class Forecast:
             if fits[self._turn].refit(now=now):
                 return
 
+    @property
+    def engines(self) -> int:
+        """How many slots there are."""
+        return len(self._reads)
+
     def known(self, slot: int, *, now: float) -> Known:
         """What is known of an engine."""
         reads, steps = self._reads[slot], self._steps[slot]

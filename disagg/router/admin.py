@@ -10,8 +10,9 @@ import msgspec
 from aiohttp import web
 
 from disagg.errors import DisaggError, OrderError, RequestError
-from disagg.model import ClusterView, Role
+from disagg.model import ClusterView, EngineView, Role
 from disagg.observe.metrics import RouterMetrics
+from disagg.policy.books import Books
 from disagg.policy.holds import Hold
 from disagg.policy.prefix import PrefixIndex, Standing
 from disagg.router.openai import error_object
@@ -72,6 +73,7 @@ def admin_app(
     why_not_ready: Callable[[], str],
     prefixes: PrefixIndex,
     relay: Relay,
+    standings: Callable[[], Sequence[msgspec.Struct]],
     metrics: RouterMetrics,
     orders: Orders,
 ) -> web.Application:
@@ -82,11 +84,12 @@ def admin_app(
         why_not_ready: why no request can be served, one sentence; empty when they can.
         prefixes: what engines say of their prefix caches.
         relay: whose requests and holds are shown.
+        standings: how the pools of each model stand.
         metrics: what is counted.
         orders: who takes orders.
     """
     app = web.Application(middlewares=[_guard], client_max_size=64 * 1024)
-    _Looks(view, why_not_ready, prefixes, relay, metrics, orders).route(app)
+    _Looks(view, why_not_ready, prefixes, relay, standings, metrics, orders).route(app)
     _Doings(orders).route(app)
     return app
 
@@ -100,6 +103,7 @@ class _Looks:
         why_not_ready: Callable[[], str],
         prefixes: PrefixIndex,
         relay: Relay,
+        standings: Callable[[], Sequence[msgspec.Struct]],
         metrics: RouterMetrics,
         orders: Orders,
     ) -> None:
@@ -107,6 +111,7 @@ class _Looks:
         self._why_not_ready = why_not_ready
         self._prefixes = prefixes
         self._relay = relay
+        self._standings = standings
         self._metrics = metrics
         self._orders = orders
 
@@ -127,7 +132,12 @@ class _Looks:
     async def _get_cluster(self, _: web.Request) -> web.Response:
         metrics, why = self._metrics, self._why_not_ready()
         requests = {"inflight": metrics.inflight, "waiting": metrics.waiting(), "sent_away": metrics.shed.total()}
-        return _json({**cluster_json(self._view(), self._prefixes), "requests": requests, "ready": not why, "reason": why})
+        cluster = cluster_json(self._view(), self._prefixes)
+        books, now = self._relay.admission.books, self._relay.clock()
+        for row, engine in zip(cluster["engines"], self._view().engines, strict=True):
+            row["forecast"] = forecast_json(books, engine, now)
+        standings = [rounded(msgspec.to_builtins(standing)) for standing in self._standings()]
+        return _json({**cluster, "ratio": standings, "requests": requests, "ready": not why, "reason": why})
 
     async def _get_requests(self, _: web.Request) -> web.Response:
         records = reversed(self._relay.records.values())
@@ -264,6 +274,28 @@ def cluster_json(view: ClusterView, prefixes: PrefixIndex) -> dict[str, Any]:
     bad = [{"prefill": p, "decode": d, "reason": reason} for (p, d), reason in view.quarantined.items()]
     cut = [{"prefill": p, "decode": d, "reason": reason} for (p, d), reason in view.cut.items()]
     return {"hosts": joined + given, "engines": engines, "quarantined": bad, "cut": cut}
+
+
+def forecast_json(books: Books, engine: EngineView, now: float) -> dict[str, Any] | None:
+    """What is known of how long an engine takes; None before it was in any view that requests saw."""
+    if engine.slot >= books.forecast.engines:
+        return None
+    known = books.forecast.known(engine.slot, now=now)
+    lines = {Role.PREFILL: ("reads",), Role.DECODE: ("steps",), Role.UNIFIED: ("reads", "steps")}[engine.address.role]
+    shown: dict[str, Any] = {"backlog_s": known.backlog_s}
+    for name in lines:
+        trust = getattr(known, f"{name}_trust")
+        shown[name] = {"line": getattr(known, name), "samples": trust.samples, "error": trust.error, "doubt": trust.doubt}
+    return rounded(shown)  # type: ignore[no-any-return]
+
+
+def rounded(content: Any) -> Any:
+    """The same with numbers of four digits: more are noise, and nobody reads them."""
+    if isinstance(content, float):
+        return float(f"{content:.4g}")
+    if isinstance(content, dict):
+        return {key: rounded(value) for key, value in content.items()}
+    return [rounded(value) for value in content] if isinstance(content, list | tuple) else content
 
 
 def _cache_json(standing: Standing | None) -> dict[str, Any]:

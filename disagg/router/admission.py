@@ -249,6 +249,11 @@ class Admission:
         """A promise for what does not wait, as the router's own canaries."""
         return self._promise(choice, tokens, tokens)
 
+    def waiting_for(self, model: str) -> int:
+        """How many wait for room of a model."""
+        names = {model, ""} if model == self._only_model else {model}
+        return sum(queue.waiting for (name, _), queue in self._queues.items() if name in names)
+
     def could_serve(self, wanting: Wanting, exclude: Collection[EngineId]) -> bool:
         """True when engines are there, with room or without. Raises UnknownModelError."""
         try:
@@ -332,6 +337,7 @@ class Admission:
             assert isinstance(waiter, _Waiter)
             if not waiter.place.done():
                 waiter.place.set_exception(_refusal(one, self._view().why_not_ready()))
+                self._count_refused(waiter.wanting)
 
     # --- engines
 
@@ -376,13 +382,23 @@ class Admission:
         late_s = books.outlook(_prompt(wanting, tokens), now=now).first_token_s(reader) - limit_s
         if late_s <= 0.0 or wanting.was_let_in:
             return
-        if choice.prefill is not None:
-            books.asked(choice.decode.facts.model, books.forecast.pass_s(reader, tokens), choice.decode, now=now)
+        self._count_refused(wanting)
         raise NoCapacityError(
             f"the first token would come in {limit_s + late_s:.0f} s, which is over the limit of {limit_s:g} s; come again later",
             retry_after_s=min(RETRY_LIMIT_S, max(1, ceil(late_s))),
             reason="late",
         )
+
+    def _count_refused(self, wanting: Wanting) -> None:
+        """It would have been served by a pair, if there were more of them: that is asked of the pools, too."""
+        try:
+            pool = pool_of(self._view(), wanting.model)
+        except DisaggError:
+            return
+        if pool.can_pair and not wanting.was_let_in:
+            prefill, decode = pool.prefill[0], pool.decode[0]
+            tokens = self._price(wanting, decode.facts.model, decode.facts.context_tokens)[0]
+            self.books.asked(decode.facts.model, self.books.forecast.pass_s(prefill.slot, tokens), decode, now=self._clock())
 
     def _find(self, wanting: Wanting, exclude: Collection[EngineId]) -> tuple[Choice, int, int] | None:
         """Engines with room, and the tokens of a prefill and of a decode engine. Raises UnknownModelError."""

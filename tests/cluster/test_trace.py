@@ -20,7 +20,7 @@ SPEED_UP = 10.0
 EXCUSED_GAP = 1e-4
 # Ten times the trace's speed is more than two cores can do, so requests wait in the router for a while.
 PATIENCE = (
-    *("--queue-timeout-s", "3600", "--whole-answer-timeout-s", "600", "--between-tokens-timeout-s", "600"),
+    *("--queue-timeout-s", "3600", "--ttft-s", "3600", "--whole-answer-timeout-s", "600", "--between-tokens-timeout-s", "600"),
     *("--engine-arg=--bootstrap-timeout", "--engine-arg=600"),
 )
 

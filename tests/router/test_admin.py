@@ -20,7 +20,7 @@ async def test_the_cluster_is_shown_as_the_contract_says(rig: Rig) -> None:
     engines = {e["id"]: e for e in cluster["engines"]}
     assert set(engines) == {"prefill-0", "decode-0"}
     engine = engines["decode-0"]
-    assert set(engine) == {"id", "host", "role", "state", "model", "url", "pid", "load", "reason"}
+    assert set(engine) == {"id", "host", "role", "state", "model", "url", "pid", "load", "reason", "forecast"}
     assert (engine["role"], engine["state"], engine["model"]) == ("decode", "ready", "fake")
     assert set(engine["load"]) == {"running", "waiting", "kv_used_tokens", "kv_total_tokens", "kv_quarantined_tokens"}
     assert engine["load"]["kv_total_tokens"] == 16384

@@ -1,0 +1,103 @@
+"""From the router's books to `disagg.policy.balance`: how the pools of a model stand, and which engine moves if one does. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from disagg.model import ClusterView, EngineId, EngineState, EngineView, Role
+from disagg.policy.balance import Situation
+from disagg.policy.books import Books
+
+_THERE = frozenset({EngineState.READY, EngineState.SUSPECT, EngineState.QUARANTINED})
+FLIP_S = 5.0
+"""What a move is expected to take before there was one."""
+
+
+def engines_of(view: ClusterView, model: str, role: Role, moving: Mapping[EngineId, Role]) -> list[EngineView]:
+    """The engines of a model that have a role, those that are on their way to it included, those that leave it not."""
+
+    def has_it(engine: EngineView) -> bool:
+        if engine.facts.part or engine.facts.model != model:
+            return False
+        wanted = moving.get(engine.id)
+        return wanted is role if wanted is not None else engine.address.role is role and engine.state in _THERE
+
+    return [engine for engine in view.engines if has_it(engine)]
+
+
+def situation_of(
+    view: ClusterView,
+    model: str,
+    books: Books,
+    *,
+    moving: Mapping[EngineId, Role],
+    waiting: int,
+    flip_s: float,
+    horizon_s: float,
+    now: float,
+) -> Situation:
+    """How the pools of a model stand.
+
+    Args:
+        view: all engines.
+        model: the served name.
+        books: what is known of them.
+        moving: the engines that are on their way to another role, and to which.
+        waiting: requests that wait for room.
+        flip_s: what a move takes.
+        horizon_s: for which what would be lost with a prefix cache is summed up.
+        now: monotonic seconds.
+    """
+    prefill, decode = (engines_of(view, model, role, moving) for role in (Role.PREFILL, Role.DECODE))
+    demand, forecast = books.demand(model), books.forecast
+    readers = [e for e in prefill if e.id not in moving]
+    return Situation(
+        prefill=len(prefill),
+        decode=len(decode),
+        offered=demand.offered(now) if demand is not None else (0.0, 0.0),
+        watched_s=demand.watched_s(now) if demand is not None else 0.0,
+        prompt_s=forecast.pass_s(readers[0].slot, int(forecast.prompt_tokens)) if readers else 0.0,
+        late_s=min((forecast.wait_s(e.slot, now=now) for e in readers), default=0.0),
+        late_limit_s=books.slo.ttft_s,
+        kv_share=_share(decode, books),
+        waiting=waiting,
+        flip_s=flip_s,
+        lost_cache_s=min((books.worth_s(e, horizon_s) for e in readers), default=0.0),
+    )
+
+
+def _share(decode: Sequence[EngineView], books: Books) -> float:
+    """Of the decode pool's room, in KV tokens or in requests, that is taken: whichever is less left of."""
+    tokens = sum(e.load.kv_total_tokens for e in decode)
+    used = sum(books.ledger.reserved(e.slot) + max(0, books.ledger.drift(e.slot)) for e in decode)
+    places = sum(e.facts.max_running for e in decode)
+    legs = sum(books.in_flight.now[e.slot] for e in decode)
+    return max(used / tokens if tokens else 0.0, legs / places if places else 0.0)
+
+
+def mover(view: ClusterView, model: str, role: Role, books: Books, *, busy: Collection[EngineId], now: float) -> EngineView | None:
+    """The engine that gives up a role with the least loss: the one whose work ends first, with the smallest cache.
+
+    Args:
+        view: all engines.
+        model: the served name.
+        role: which it has.
+        books: what is known of them.
+        busy: engines that are being changed.
+        now: monotonic seconds.
+
+    Returns:
+        None where no engine of this role can be moved.
+    """
+
+    def loss(engine: EngineView) -> tuple[float, int, int, int]:
+        slot = engine.slot
+        wait_s = books.forecast.wait_s(slot, now=now) if role is Role.PREFILL else 0.0
+        return round(wait_s, 2), books.ledger.reserved(slot), books.history.blocks(slot), slot
+
+    able = [
+        e
+        for e in view.engines
+        if e.facts.model == model and e.address.role is role and e.state is EngineState.READY and e.host and e.owned and e.id not in busy
+    ]
+    return min(able, key=loss, default=None)
