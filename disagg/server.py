@@ -242,6 +242,7 @@ async def router_running(
             view=lambda: controller.view,
             timeout_s=section.queue_timeout_s,
             chance=ids.chance,
+            unified_share=config.policy.unified_share,
             loop=loop,
             clock=clock,
         )

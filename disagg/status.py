@@ -8,6 +8,7 @@ from typing import Any
 WELL = frozenset({"ready", "online"})
 GONE = frozenset({"dead", "held"})
 """Nothing runs there: what was reported last is the past."""
+_ANY_TOKENS = 1 << 17  # no longer ones are asked about
 _ENOUGH = 8  # samples, from which on a doubt is more than a beginning
 _WORTH_SAYING = (", but ", "; ")
 """What joins something that is not well to the reason of something that is."""
@@ -31,6 +32,8 @@ def table(cluster: Mapping[str, Any]) -> str:
     if cut:
         parts.append(_columns(("CUT", "WHY (the router tries again by itself)"), cut))
     parts += [_ratio(row) for row in cluster.get("ratio", [])]
+    parts += [_alone(model, tokens) for model, tokens in cluster.get("unified_up_to_tokens", {}).items()]
+    parts += [_arms(cluster["ab"])] if "ab" in cluster else []
     served = "Requests can be served." if cluster.get("ready") else f"No request can be served: {cluster.get('reason', 'unknown')}."
     parts.append(" ".join([served, *_requests(cluster.get("requests", {}))]))
     return "\n\n".join(parts)
@@ -50,6 +53,34 @@ def _ratio(row: Mapping[str, Any]) -> str:
     ]
     lines += [f"  {ago:.0f} s ago: {what}" for ago, what in row["history"]]
     return "\n".join(_printable(line) for line in lines)
+
+
+def _alone(model: str, tokens: int) -> str:
+    """Conditional disaggregation: what goes to unified engines now."""
+    what = f"prompts of up to {tokens} tokens go" if 0 < tokens < _ANY_TOKENS else "any prompt goes" if tokens else "no prompt goes"
+    return f"UNIFIED: as things stand {what} to a unified engine of {_printable(model)} rather than to a pair."
+
+
+def _arms(compared: Mapping[str, Any]) -> str:
+    """Pairs against unified engines."""
+
+    def ms(row: Mapping[str, Any], name: str) -> str:
+        p50, p99 = row[f"{name}_p50_s"], row[f"{name}_p99_s"]
+        return "-" if p50 is None else f"{p50 * 1000:.0f} / {p99 * 1000:.0f} ms"
+
+    rows = [
+        (
+            row["arm"],
+            str(row["streams"]),
+            str(row["good"]),
+            ms(row, "ttft"),
+            ms(row, "itl"),
+            "-" if row["good_per_engine_hour"] is None else f"{row['good_per_engine_hour']:.0f}",
+        )
+        for row in compared["arms"]
+    ]
+    head = ("COMPARED", "STREAMS", "GOOD", "TTFT p50 / p99", "ITL p50 / p99", "GOOD PER ENGINE-HOUR")
+    return f"{_columns(head, rows)}\n  {compared['verdict']}"
 
 
 def _requests(requests: Mapping[str, Any]) -> list[str]:

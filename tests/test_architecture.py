@@ -41,6 +41,7 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.policy.prefix",
             "disagg.policy.replay",
             "disagg.policy.queue",
+            "disagg.policy.ab",
             "disagg.policy.balance",
             "disagg.policy.blame",
             "disagg.policy.books",

@@ -11,15 +11,17 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from disagg.model import Choice, EngineView
+from disagg.model import Choice, EngineView, Pool
+from disagg.policy.ab import Comparison
 from disagg.policy.balance import Demand
 from disagg.policy.forecast import Forecast, Outlook, Reading
 from disagg.policy.history import BLOCK, PrefixHistory
 from disagg.policy.ledger import RESERVED_TOKENS, Ledger
-from disagg.policy.route import InFlight
+from disagg.policy.route import InFlight, choose
 
 CACHE_TOKENS = 1 << 20
 """What an engine is taken to hold that does not say how much it has room for."""
+LONGEST_TOKENS = 1 << 17
 _HIT_SHARE = 0.02
 MODELS_LIMIT = 64
 """Of so many models the demand is kept; names that clients make up are none of them."""
@@ -66,6 +68,7 @@ class Books:
         self.forecast = Forecast()
         self.history = PrefixHistory()
         self._window_s = window_s
+        self.comparison = Comparison(self.slo.ttft_s, self.slo.itl_s)
         self._demands: dict[str, Demand] = {}
         self._hit_share = 0.0
 
@@ -118,6 +121,24 @@ class Books:
         each = prompt.tokens * BLOCK / max(prompt.size, len(prompt.names) * BLOCK)
         return {slot: int(blocks * each) for slot, blocks in self.history.leading(prompt.names).items()}
 
+    def unified_up_to(self, pool: Pool, *, now: float) -> int | None:
+        """The longest prompt, in tokens, that a unified engine serves better than a pair as things stand.
+
+        None where one of both is missing. It follows from what both take, the link between the pair and what is under way, see
+        `disagg.policy.route.choose`.
+        """
+        if not pool.unified or not pool.can_pair:
+            return None
+
+        def goes_alone(tokens: int) -> bool:
+            return choose(pool, self.in_flight, outlook=self.outlook(Prompt(tokens), now=now)).prefill is None
+
+        low, high = 0, LONGEST_TOKENS
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if goes_alone(middle) else (low, middle - 1)
+        return low
+
     def sent(self, choice: Choice, prompt: Prompt, *, now: float) -> Reading:
         """A prompt goes to these engines; the one that reads it holds it from then on."""
         reader = (choice.prefill or choice.decode).slot
@@ -160,6 +181,11 @@ class Books:
     def demand(self, model: str) -> Demand | None:
         """What is asked of the pools of a model; None where nobody asked."""
         return self._demands.get(model)
+
+    def answered(self, tokens: int, *, unified: bool, ttft_s: float, itl_s: float) -> None:
+        """A stream ended well, with about so many tokens; the rest as for `Comparison.ended`."""
+        self.forecast.answered(tokens)
+        self.comparison.ended(unified=unified, ttft_s=ttft_s, itl_s=itl_s)
 
     # --- prices
 

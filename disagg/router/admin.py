@@ -124,6 +124,7 @@ class _Looks:
         add("/admin/engines/{id}", self._get_engine)
         add("/admin/hosts", self._get_hosts)
         add("/admin/kv", self._get_kv)
+        add("/admin/ab", self._get_ab)
         add("/admin/changes/{number:[0-9]{1,9}}", self._get_change)
 
     async def _get_metrics(self, _: web.Request) -> web.Response:
@@ -137,7 +138,10 @@ class _Looks:
         for row, engine in zip(cluster["engines"], self._view().engines, strict=True):
             row["forecast"] = forecast_json(books, engine, now)
         standings = [rounded(msgspec.to_builtins(standing)) for standing in self._standings()]
-        return _json({**cluster, "ratio": standings, "requests": requests, "ready": not why, "reason": why})
+        pools = self._view().pools
+        alone = {model: tokens for model, pool in pools.items() if (tokens := books.unified_up_to(pool, now=now)) is not None}
+        more = {"unified_up_to_tokens": alone, "ab": self._compared()} if alone else {}
+        return _json({**cluster, "ratio": standings, **more, "requests": requests, "ready": not why, "reason": why})
 
     async def _get_requests(self, _: web.Request) -> web.Response:
         records = reversed(self._relay.records.values())
@@ -159,6 +163,13 @@ class _Looks:
     async def _get_kv(self, _: web.Request) -> web.Response:
         holds = self._relay.holds(self._relay.clock())
         return _json({"holds": holds, "engines": self._orders.kv_accounts(holds), "reaped": self._orders.reaped()})
+
+    async def _get_ab(self, _: web.Request) -> web.Response:
+        return _json(self._compared())
+
+    def _compared(self) -> dict[str, Any]:
+        comparison = self._relay.admission.books.comparison
+        return {"arms": rounded(msgspec.to_builtins(comparison.rows())), "verdict": comparison.verdict()}
 
     async def _get_change(self, request: web.Request) -> web.Response:
         return _json(self._orders.change(int(request.match_info["number"])))

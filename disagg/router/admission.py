@@ -16,6 +16,8 @@ from collections.abc import Callable, Collection, Sequence
 from math import ceil, inf
 from typing import Protocol
 
+import msgspec
+
 from disagg.errors import DeadlineError, DisaggError, NoCapacityError, ShareError
 from disagg.model import Choice, ClusterView, EngineId, EngineLoad, EngineView, Pool, Role
 from disagg.policy.books import Books, Prompt
@@ -72,6 +74,10 @@ class Wanting(Protocol):
     @property
     def streams(self) -> bool:
         """Its first token is seen when it comes."""
+
+    @property
+    def arm(self) -> bool | None:
+        """True where it is to show what unified engines do, False for pairs; None where nothing is compared."""
 
     @property
     def was_let_in(self) -> bool:
@@ -179,7 +185,8 @@ class Admission:
         on_waited: told how long each request waited that is let in, seconds.
         view: returns the current view of the cluster.
         timeout_s: nobody waits longer.
-        chance: a number in [0, 1), to spread those who are sent away together.
+        chance: a number in [0, 1), to spread those who are sent away together, and to draw those that are compared.
+        unified_share: of requests that go to unified engines where pairs are, too.
         clock: monotonic seconds.
 
     Attributes:
@@ -197,6 +204,7 @@ class Admission:
         view: Callable[[], ClusterView],
         timeout_s: float,
         chance: Callable[[], float],
+        unified_share: float = 0.0,
         loop: asyncio.AbstractEventLoop,
         clock: Callable[[], float],
     ) -> None:
@@ -206,6 +214,7 @@ class Admission:
         self._view = view
         self._timeout_s = timeout_s
         self._chance = chance
+        self._unified_share = unified_share
         self._loop = loop
         self._clock = clock
         self._queues: dict[tuple[str, bool], Queue] = {}
@@ -248,6 +257,10 @@ class Admission:
     def promise(self, choice: Choice, tokens: int = 0) -> Promise:
         """A promise for what does not wait, as the router's own canaries."""
         return self._promise(choice, tokens, tokens)
+
+    def draw_arm(self) -> bool | None:
+        """What a new request is to show, as in `Wanting.arm`."""
+        return self._chance() < self._unified_share if self._unified_share else None
 
     def waiting_for(self, model: str) -> int:
         """How many wait for room of a model."""
@@ -414,6 +427,15 @@ class Admission:
 
     def _choose(self, wanting: Wanting, exclude: Collection[EngineId]) -> Choice:
         pool = pool_of(self._view(), wanting.model)
+        arm = _arm(pool, wanting.arm)
+        if arm is not pool:
+            try:
+                return self._choose_from(arm, wanting, exclude)
+            except NoCapacityError:
+                pass  # better in the other arm than not at all
+        return self._choose_from(pool, wanting, exclude)
+
+    def _choose_from(self, pool: Pool, wanting: Wanting, exclude: Collection[EngineId]) -> Choice:
         outlook = None
         if _is_choice(pool):
             some = (pool.decode or pool.unified)[0].facts
@@ -562,7 +584,13 @@ class Admission:
             if due is not None and due <= now:
                 self._send_away(queue.expire(now=now, jitter=self._chance()))
         self.books.forecast.tick(now)
+        self._tick_arms(now)
         self.look_soon()
+
+    def _tick_arms(self, now: float) -> None:
+        pools = self._view().pools.values()
+        paired = sum(len(pool.prefill) + len(pool.decode) for pool in pools)
+        self.books.comparison.tick(paired, sum(len(pool.unified) for pool in pools), now=now)
 
     def _look(self) -> None:
         self._is_due = False
@@ -572,6 +600,13 @@ class Admission:
 
 def _prompt(wanting: Wanting, tokens: int) -> Prompt:
     return Prompt(tokens, wanting.prompt_bytes, wanting.names)
+
+
+def _arm(pool: Pool, unified: bool | None) -> Pool:
+    """The engines that a compared request may go to; the pool itself where there is nothing to compare."""
+    if unified is None or not pool.unified or not pool.can_pair:
+        return pool
+    return Pool(unified=pool.unified) if unified else msgspec.structs.replace(pool, unified=())
 
 
 def _is_choice(pool: Pool) -> bool:

@@ -184,7 +184,8 @@ class PublicListener:
         split = request.samples > 1 and (request.stream or owner.may_pair(request))
         bodies = sample_bodies(request) if split else [request.rest]
         user, priority = _user(http), _priority(http)
-        jobs = [Job(request, body, i, deadline_at, record, user=user, priority=priority) for i, body in enumerate(bodies)]
+        arm = owner.draw_arm()
+        jobs = [Job(request, body, i, deadline_at, record, user=user, priority=priority, arm=arm) for i, body in enumerate(bodies)]
         if len(bodies) > 1 or request.merge_logprobs:
             await Composition(owner, self._metrics, self._relay.admission.token_gap, request, client, jobs).answer()
         elif request.stream:
@@ -195,11 +196,12 @@ class PublicListener:
     async def _serve_stream(self, request: ClientRequest, job: Job, client: Client) -> None:
         stream = Stream(request, job.rest, self._metrics.itl.observe, self._relay.admission.token_gap)
         try:
-            await self._owner.run(job, lambda attempt, number: stream.leg(attempt, number, client), client, stream)
-            self._metrics.ttft.observe(stream.first_token_at - job.record.started_at)
+            attempt = await self._owner.run(job, lambda attempt, number: stream.leg(attempt, number, client), client, stream)
+            ttft_s = stream.first_token_at - job.record.started_at
+            self._metrics.ttft.observe(ttft_s)
         finally:
             stream.journal.fold()
-        self._owner.answered(stream.journal.events)
+        self._owner.answered(attempt.choice, stream.journal.events, ttft_s, stream.first_token_at)
 
     async def _serve_whole(self, job: Job, client: Client) -> None:
         attempt = await self._owner.run(job, lambda attempt, _number: WholeLeg(attempt), client)

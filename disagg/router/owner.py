@@ -112,9 +112,21 @@ class Owner:
         """A whole answer tells how many tokens its prompt had."""
         self._admission.learn(choice, body_bytes, answer)
 
-    def answered(self, tokens: int) -> None:
-        """A stream came to its end; about so many tokens."""
-        self._admission.books.forecast.answered(tokens)
+    def draw_arm(self) -> bool | None:
+        """Whether a new request is to show what unified engines do, or pairs; None where nothing is compared."""
+        return self._admission.draw_arm()
+
+    def answered(self, choice: Choice, tokens: int, ttft_s: float, first_token_at: float) -> None:
+        """A stream came to its end.
+
+        Args:
+            choice: the engines that ended it.
+            tokens: about so many.
+            ttft_s: until the first one.
+            first_token_at: when that was.
+        """
+        itl_s = (self._relay.clock() - first_token_at) / (tokens - 1) if tokens > 1 else 0.0
+        self._admission.books.answered(tokens, unified=choice.prefill is None, ttft_s=ttft_s, itl_s=itl_s)
 
     def changed(self) -> None:
         """Engines came, went or reported: those who wait look anew."""

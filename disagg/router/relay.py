@@ -76,6 +76,7 @@ class Job:
         trial: looks that it kills no engine twice; None for the router's own requests.
         user: whose it is, opaque.
         priority: larger is more important.
+        arm: True where it is to show what unified engines do, False for pairs; None where nothing is compared.
 
     Attributes:
         attempts: how many were made so far.
@@ -91,6 +92,7 @@ class Job:
 
     __slots__ = (
         "answers",
+        "arm",
         "arrived_at",
         "attempts",
         "body_bytes",
@@ -120,8 +122,10 @@ class Job:
         *,
         user: str = "",
         priority: int = 0,
+        arm: bool | None = None,
     ) -> None:
         self.user = user
+        self.arm = arm
         self.priority = priority
         self.request = request
         self.sample = sample
