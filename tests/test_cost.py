@@ -102,6 +102,20 @@ def test_without_the_comparison_a_slower_engine_is_not_believed(monkeypatch: pyt
         test_an_engine_that_is_five_times_slower_is_believed_after_some_samples(5.0)
 
 
+@pytest.mark.parametrize("scale", [5.0, 0.2])
+def test_the_samples_that_showed_a_change_are_not_scaled_with_those_from_before_it(scale: float) -> None:
+    """Of work that is always the same they are all that is remembered."""
+    fit = Fit(2)
+    for i in range(20):
+        fit.seen((8.0, 4_000.0), 0.04, now=float(i))
+        fit.line(now=float(i))
+    changed = [fit.seen((8.0, 4_000.0), 0.04 * scale, now=100.0 + i) for i in range(20)]
+    assert changed == [i == RECENT - 1 for i in range(20)], "once, and it says so"
+    for i in range(20):
+        fit.seen((8.0, 4_000.0), 0.04 * scale, now=200.0 + 10 * i)
+        assert fit.predict((8.0, 4_000.0), now=201.0 + 10 * i) == pytest.approx(0.04 * scale)
+
+
 def test_a_few_late_ones_are_no_change() -> None:
     chance = random.Random(3)
     fit = Fit(2)
@@ -129,6 +143,37 @@ def test_a_prior_is_believed_before_there_is_anything_else_and_then_less_and_les
         seen.append(error(fit, slower, (10.0, 9_000.0), float(i)))
     assert seen[-1] < 0.03 < seen[0]
     assert fit.trust.samples == 400
+
+
+@pytest.mark.parametrize("scale", [50.0, 10.0, 2.0, 0.5, 0.1, 0.02])
+def test_of_a_prior_the_shape_is_believed_and_not_the_scale(scale: float) -> None:
+    chance = random.Random(6)
+    real = tuple(c * scale for c in DECODE)
+    fit = Fit(2, prior_of(DECODE))
+    for i in range(4):
+        some = (float(1 + i), 1000.0 * (1 + i))
+        fit.seen(some, noisy(real, some, chance), now=float(i))
+        fit.line(now=float(i))
+    assert error(fit, real, (64.0, 100_000.0), 4.0) < 0.1, "of a batch of which nothing like it was seen"
+
+
+def test_a_first_sample_that_went_wrong_does_not_scale_a_prior() -> None:
+    fit = Fit(2, prior_of(DECODE))
+    fit.seen((8.0, 8_000.0), 30 * at(DECODE, (8.0, 8_000.0)), now=0.0)
+    assert error(fit, DECODE, (64.0, 100_000.0), 1.0) < 0.5
+
+
+def test_an_old_sample_is_still_worth_more_than_a_prior() -> None:
+    chance = random.Random(7)
+    flat = (0.03, 1e-6, 0.0)
+    fit = Fit(2, prior_of(DECODE))
+    for i in range(400):
+        some = batch(chance)
+        fit.seen(some, noisy(flat, some, chance), now=i * 0.1)
+    fit.line(now=40.0)
+    for i in range(3):
+        fit.seen((1.0, 500.0), at(flat, (1.0, 500.0)), now=40_000.0 + 20 * i)
+    assert error(fit, flat, (64.0, 100_000.0), 41_000.0) < 0.05
 
 
 def test_without_a_prior_nothing_is_said_until_there_are_as_many_samples_as_coefficients() -> None:
@@ -177,7 +222,11 @@ def test_a_clock_that_jumps_back_harms_nothing() -> None:
     for i in range(20):
         fit.seen((float(i + 1),), 0.01 * (i + 1), now=1000.0 - i * 100.0)
         fit.check()
-    assert fit.predict((10.0,), now=-1e6) == pytest.approx(0.1, rel=0.01)
+    assert fit.predict((10.0,), now=1000.0) == pytest.approx(0.1, rel=0.01)
+    for i in range(20):
+        fit.seen((float(i + 1),), 0.013 * (i + 1), now=-1e6 + i)
+        fit.line(now=-1e6 + i)
+    assert fit.predict((10.0,), now=-1e6 + 30) == pytest.approx(0.13, rel=0.1), "it is fitted by the clock as it is now"
 
 
 def test_a_random_walk_keeps_its_books() -> None:

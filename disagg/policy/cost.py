@@ -11,10 +11,12 @@ power of two in each feature, so that a thousand short prompts do not make it fo
 line is the non-negative least-squares fit of these samples in relative terms (an error of 10 % weighs the same at 5 ms and at 5 s), made
 anew with less weight for those that lie off (Huber), so that one prompt that waited for something else does not bend it. Before there are
 samples, a *prior* stands in for them: a line that was measured elsewhere, taken at some points, which count less with every real sample.
+Of a prior the shape is believed, and the scale only until there is something to compare it with: engines differ fifty times in speed, and
+much less in how a long prompt compares with a short one.
 
 Robust fits are slow to believe that the engine itself has changed. So the last samples are compared with what the line said before it
 knew them: when all of them lie off by more than `SHIFT` in the same direction, the engine has become slower or faster as a whole, and
-what is remembered is scaled by the middle one. Its shape stays until new samples say otherwise.
+what is remembered from before them is scaled by the middle one. Its shape stays until new samples say otherwise.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ CLASSES_LIMIT = 32
 """Those that were fed last stay."""
 HALF_LIFE_S = 600.0
 """After so long a sample counts half."""
+LEAST_WEIGHT = 1 / 16
+"""An old sample counts at least so much: after an idle night more than a prior still does."""
 PRIOR_SAMPLES = 8
 """A prior counts as much as so many samples at first, half of that when there are as many real ones, and so on."""
 ENOUGH = 8
@@ -116,7 +120,7 @@ class Fit:
         latest: the line as it was last fitted, or as it was scaled since; None as long as nothing is known.
     """
 
-    __slots__ = ("_classes", "_count", "_errors", "_features", "_fitted_at", "_prior", "_recent", "_scale", "_shifted", "_stale", "latest")
+    __slots__ = ("_classes", "_count", "_errors", "_features", "_fitted_at", "_prior", "_recent", "_shifted", "_stale", "latest")
 
     def __init__(self, features: int, prior: Prior | None = None) -> None:
         if prior is not None and {features} != {len(prior.line) - 1, *map(len, prior.points)}:
@@ -125,18 +129,17 @@ class Fit:
         self._prior = prior
         self._classes: dict[tuple[int, ...], deque[_Sample]] = {}  # the one that was fed last stands last
         self._count = 0
-        self._recent: deque[float] = deque(maxlen=RECENT)  # logarithms of seen over predicted
+        self._recent: deque[tuple[_Sample, float]] = deque(maxlen=RECENT)  # with the logarithms of seen over predicted
         self._errors: deque[float] = deque(maxlen=ERRORS_LIMIT)
         self.latest: Line | None = None if prior is None else prior.line
-        self._scale = 1.0  # of the prior
         self._shifted = 0.0  # the scale of the last shift; 0 for none
         self._fitted_at = -math.inf
         self._stale = False
 
     # --- what happens
 
-    def seen(self, features: Features, seconds: float, *, now: float) -> None:
-        """A piece of work was done.
+    def seen(self, features: Features, seconds: float, *, now: float) -> bool:
+        """A piece of work was done; True if that shows that the engine has become slower or faster as a whole.
 
         Args:
             features: what it was; none of them below 0.
@@ -146,36 +149,41 @@ class Fit:
         if len(features) != self._features:
             raise ValueError(f"{len(features)} features for a line of {self._features}")
         if not (math.isfinite(seconds) and seconds > 0.0 and all(math.isfinite(x) and x >= 0.0 for x in features)):
-            return
-        self._compare(features, seconds)
+            return False
+        sample = _Sample(features, seconds, now)
+        shifted = self._compare(sample)
         self._count += 1
         key = tuple(int(x).bit_length() for x in features)
         kept = self._classes.pop(key, None) or deque(maxlen=CLASS_LIMIT)
-        kept.append(_Sample(features, seconds, now))
+        kept.append(sample)
         self._classes[key] = kept
         while len(self._classes) > CLASSES_LIMIT:
             self._classes.pop(next(iter(self._classes)))
         self._stale = True
+        return shifted
 
-    def _compare(self, features: Features, seconds: float) -> None:
+    def _compare(self, sample: _Sample) -> bool:
         """The prediction comes before the sample: an error of what was known already says nothing."""
         line = self.latest
         if line is None:
-            return
-        said = max(at(line, features), _LEAST_S)
-        self._errors.append(abs(said - seconds) / seconds)
-        self._recent.append(math.log(seconds / said))
-        least = min(self._recent, key=abs)
-        if len(self._recent) < RECENT or abs(least) < math.log(SHIFT) or any((r > 0) != (least > 0) for r in self._recent):
-            return
-        self._shift(math.exp(median(self._recent)))
+            return False
+        said = max(at(line, sample.features), _LEAST_S)
+        self._errors.append(abs(said - sample.seconds) / sample.seconds)
+        self._recent.append((sample, math.log(sample.seconds / said)))
+        off = [r for _, r in self._recent]
+        least = min(off, key=abs)
+        if len(off) < RECENT or abs(least) < math.log(SHIFT) or any((r > 0) != (least > 0) for r in off):
+            return False
+        self._shift(math.exp(median(off)))
+        return True
 
     def _shift(self, scale: float) -> None:
-        """What it did before it changed would have taken so many times as long now."""
+        """What it did before it changed would have taken so many times as long now; the samples that showed it have."""
+        new = {sample for sample, _ in self._recent}
         for kept in self._classes.values():
             for sample in kept:
-                sample.seconds *= scale
-        self._scale *= scale
+                if sample not in new:
+                    sample.seconds *= scale
         self._shifted = scale
         self._recent.clear()
         self._errors.clear()
@@ -196,7 +204,8 @@ class Fit:
 
     def refit(self, *, now: float) -> bool:
         """Fits anew when there are new samples, every `REFIT_S` at most, then seldom. A millisecond or two; True if it was done."""
-        if not self._stale or (self._count > ENOUGH and now - self._fitted_at < min(REFIT_LIMIT_S, REFIT_S * self._count / ENOUGH)):
+        pause_s = min(REFIT_LIMIT_S, REFIT_S * self._count / ENOUGH) if self._count > ENOUGH else 0.0
+        if not self._stale or 0.0 <= now - self._fitted_at < pause_s:  # a clock that jumped back must not stop it for as long
             return False
         self.latest = self._fit(now)
         self._stale = False
@@ -207,6 +216,11 @@ class Fit:
         """Seconds that this work would take; None as long as nothing is known."""
         line = self.line(now=now)
         return None if line is None else at(line, features)
+
+    @property
+    def samples(self) -> int:
+        """Real ones, ever."""
+        return self._count
 
     @property
     def trust(self) -> Trust:
@@ -230,15 +244,21 @@ class Fit:
             for sample in kept:
                 rows.append((1.0, *sample.features))
                 seconds.append(sample.seconds)
-                weights.append(0.5 ** (max(0.0, now - sample.at) / HALF_LIFE_S))
+                weights.append(max(LEAST_WEIGHT, 0.5 ** (max(0.0, now - sample.at) / HALF_LIFE_S)))
         if self._prior is None:
             if len(rows) <= self._features:
                 return self.latest
         else:
+            line = self._prior.line
+            # Its own word for its scale counts as one sample: two that contradict it outvote it, a single one that went wrong does not.
+            times = middle(
+                [1.0, *(y / max(at(line, row[1:]), _LEAST_S) for row, y in zip(rows, seconds, strict=True))],
+                [1.0, *weights],
+            )
             share = PRIOR_SAMPLES / (1 + self._count / PRIOR_SAMPLES) / len(self._prior.points)
             for point in self._prior.points:
                 rows.append((1.0, *point))
-                seconds.append(max(at(self._prior.line, point) * self._scale, _LEAST_S))
+                seconds.append(max(at(line, point) * times, _LEAST_S))
                 weights.append(share)
         return robust_line(rows, seconds, weights)
 
@@ -273,8 +293,8 @@ def robust_line(rows: Sequence[Line], seconds: Sequence[float], weights: Sequenc
         k coefficients.
     """
     columns = [list(column) for column in zip(*rows, strict=True)]
-    middle = _middle(seconds, weights)
-    units = [max(y, middle) for y in seconds]
+    usual = middle(seconds, weights)
+    units = [max(y, usual) for y in seconds]
     kept = list(weights)
     line: Line = ()
     for power in _POWERS:
@@ -284,12 +304,12 @@ def robust_line(rows: Sequence[Line], seconds: Sequence[float], weights: Sequenc
             for said in map(sum, zip(*([c * x for x in column] for c, column in zip(line, columns, strict=True)), strict=True))
         ]
         residuals = [abs(y / unit - 1.0) for y, unit in zip(seconds, units, strict=True)]
-        limit = _HUBER * max(_LEAST_SPREAD, 1.4826 * _middle(residuals, weights))
+        limit = _HUBER * max(_LEAST_SPREAD, 1.4826 * middle(residuals, weights))
         kept = [w if r <= limit else w * (limit / r) ** power for w, r in zip(weights, residuals, strict=True)]
     return line
 
 
-def _middle(values: Sequence[float], weights: Sequence[float]) -> float:
+def middle(values: Sequence[float], weights: Sequence[float]) -> float:
     """The weighted median."""
     half, total = sum(weights) / 2, 0.0
     pairs = sorted(zip(values, weights, strict=True))
