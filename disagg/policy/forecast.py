@@ -3,12 +3,15 @@
 Theory of operation. Each engine has two lines (`disagg.policy.cost`): of passes over prompts and of decode steps. Their samples come from
 what the router sees anyway.
 
-* **Passes.** An engine reads prompts one after the other. So while it always has one to read, the time between two first tokens is what the
-  second prompt cost it, however long that had waited; a prompt that found it idle cost the time since it was sent. First tokens that come
-  close together came out of one pass, and count as one sample of all their prompts. What travels (the prompt, the KV of its last chunk, the
-  first token) is in these times, too: in a queue it is hidden behind the next pass, as it is from the next client.
-* **Pairs.** What a prompt took longer or shorter than its line said, by token, is remembered for the pair that it went over: a slow link
-  between two engines is seen there, and not blamed on the engine whose other links are fast.
+* **Passes.** An engine reads prompts one after the other, in the order in which they came. So while it always has one to read, the time
+  between two first tokens is what the second prompt cost it, however long that had waited; a prompt that found it idle cost the time since
+  it was sent. First tokens that come close together came out of one pass, and count as one sample of all their prompts. What nobody can
+  know is no sample: the time in which the first of the queue was aborted (the engine may have gone on with it), a first token that
+  overtook that of an earlier prompt (whose KV is on its way, or which was put off), and the late one itself.
+* **Pairs.** What travels (the prompt, the KV of its last chunk, the first token) is in the time of a prompt that found its engine idle. In
+  a queue it is hidden behind the next pass. So links are judged by the former alone: by what they took longer than the line says, by
+  token, against the fastest link of the same engine. That much is then taken off before a sample counts for the line, so that a slow link
+  is not blamed on the engine, whose other links are fast.
 * **Steps.** The pause between two tokens of a stream is a step of the batch that it is in.
 
 What an engine has still to do is the sum of what its prompts were expected to take, without what has passed of the first one. When that is
@@ -22,11 +25,13 @@ Before anything was measured an engine has the line of that of its peers which i
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 
 import msgspec
 
-from disagg.policy.cost import ENOUGH, Fit, Line, Prior, Trust, square
+from disagg.policy.cost import ENOUGH, Fit, Line, Prior, Trust, middle, square
 
 READS: Line = (0.015, 8.0e-5, 1.0e-9)
 STEPS: Line = (0.012, 1.0e-4, 2.0e-8)
@@ -37,8 +42,14 @@ STEP_EVERY_S = 0.1
 """Steps are all alike: more samples than this would say nothing more."""
 TOGETHER_S = 0.004
 TOGETHER_SHARE = 0.05
-"""First tokens that come within this time, or this share of the pass, come out of one pass."""
-_LINK_SHARE = 0.2
+TOGETHER_MOST = 0.25
+TOGETHER_MOST_S = 0.02
+"""First tokens that come within this time of each other, or this share of the pass, come out of one pass. But not where that is more than a
+quarter of it, or so many seconds: those are short passes that follow each other, or a long one."""
+LINK_SAMPLES = 9
+"""The newest ones of a link; the middle one counts."""
+LINK_S = 600.0
+"""A link of which nothing was seen for so long may have been mended since, and nobody would know: it was not used for being slow."""
 _ANSWER_SHARE = 0.02
 ANSWER_TOKENS = 200.0
 """How long answers are taken to be before one has ended."""
@@ -53,11 +64,15 @@ class Reading:
         new, cached: its tokens, as far as that is known.
         seconds: what it was expected to take.
         sent_at: when it was sent.
+        alone: it found the engine idle, as far as that is known.
+        overtaken: the first token of a later prompt came before its own, out of another pass.
     """
 
-    __slots__ = ("cached", "new", "seconds", "sent_at", "slot")
+    __slots__ = ("alone", "cached", "new", "overtaken", "seconds", "sent_at", "slot")
 
-    def __init__(self, slot: int, new: int, cached: int, seconds: float, sent_at: float) -> None:
+    def __init__(self, slot: int, new: int, cached: int, seconds: float, sent_at: float, *, alone: bool) -> None:
+        self.alone = alone
+        self.overtaken = False
         self.slot = slot
         self.new = new
         self.cached = cached
@@ -66,19 +81,60 @@ class Reading:
 
 
 class _Pass:
-    """First tokens that came close together."""
+    """First tokens that came close together.
 
-    __slots__ = ("at", "new", "seconds", "square")
+    Attributes:
+        seconds: from its beginning to the first of them, without what their link adds.
+        at: when the last of them came.
+        clear: nothing else can have taken part of that time.
+        before: prompts that were sent before the first of them and have not been read; if they are not read with it, they were overtaken.
+        link: what is to be noted of the way that the only one of them went; None if there are several, or if it had waited.
+    """
 
-    def __init__(self, seconds: float, at: float) -> None:
+    __slots__ = ("at", "before", "clear", "link", "new", "seconds", "square")
+
+    def __init__(self, seconds: float, at: float, before: list[Reading], *, clear: bool) -> None:
         self.seconds = seconds
         self.at = at
+        self.before = before
+        self.clear = clear
+        self.link: tuple[int, _Travel] | None = None
         self.new = 0
         self.square = 0
+
+    def holds(self, now: float) -> bool:
+        """A first token that comes now is one more of it."""
+        limit = min(max(TOGETHER_S, TOGETHER_SHARE * self.seconds), TOGETHER_MOST * self.seconds, TOGETHER_MOST_S)
+        return abs(now - self.at) <= limit
 
     def add(self, reading: Reading) -> None:
         self.new += reading.new
         self.square += square(reading.cached, reading.new)
+
+
+class _Travel(msgspec.Struct, frozen=True):
+    """A prompt whose engine had nothing else to do: what its first token took, with the way."""
+
+    seconds: float
+    new: int
+    cached: int
+
+
+class _Link:
+    """The way from one engine to another.
+
+    Attributes:
+        travels: the newest ones.
+        at: when the last one was seen.
+        late: seconds for each token of the prompt, more than over the fastest link of the same engine.
+    """
+
+    __slots__ = ("at", "late", "travels")
+
+    def __init__(self) -> None:
+        self.travels: deque[_Travel] = deque(maxlen=LINK_SAMPLES)
+        self.at = -math.inf
+        self.late = 0.0
 
 
 class Outlook:
@@ -127,8 +183,8 @@ class Outlook:
         return self._forecast.wait_s(slot, now=self._now)
 
     def link_s(self, prefill: int, decode: int) -> float:
-        """Seconds that the way from one engine to the other adds to the first token."""
-        return self._forecast.link_s(prefill, decode, self.tokens - self.cached(prefill))
+        """Seconds that the way from one engine to the other adds to the first token, more than the fastest way from there."""
+        return self._forecast.link_s(prefill, decode, self.tokens)
 
     def answer_s(self, slot: int) -> float:
         """Seconds that an answer costs everybody, if this engine writes it: it, and those that it makes slower.
@@ -170,6 +226,7 @@ class Forecast:
         "_backlog",
         "_kv",
         "_links",
+        "_murky",
         "_pass",
         "_prompt",
         "_queue",
@@ -187,11 +244,12 @@ class Forecast:
         self._queue: list[dict[Reading, None]] = []
         self._backlog: list[float] = []  # seconds, of all in the queue
         self._since: list[float] = []  # when the engine began with the first of its queue, as far as that can be known
+        self._murky: list[bool] = []  # since then it may have done what nobody knows of
         self._pass: list[_Pass | None] = []
         self._stepped_at: list[float] = []
         self._writing: list[int] = []
         self._kv: list[int] = []
-        self._links: dict[tuple[int, int], float] = {}  # seconds for each new token, more or less than the line says
+        self._links: list[dict[int, _Link]] = []  # by the slot that reads and the one that writes
         self._answer = ANSWER_TOKENS
         self._prompt = 0.0
         self._turn = 0
@@ -207,6 +265,8 @@ class Forecast:
             self._pass.append(None)
             self._backlog.append(0.0)
             self._since.append(-math.inf)
+            self._murky.append(False)
+            self._links.append({})
             self._stepped_at.append(-math.inf)
             self._writing.append(0)
             self._kv.append(0)
@@ -214,8 +274,8 @@ class Forecast:
     @staticmethod
     def _new(fits: list[Fit], line: Line, points: tuple[tuple[float, float], ...]) -> Fit:
         """With the line of the peer that is known best for a prior."""
-        best = max(fits, key=lambda fit: fit.trust.samples, default=None)
-        if best is not None and best.latest is not None and best.trust.samples >= ENOUGH:
+        best = max(fits, key=lambda fit: fit.samples, default=None)
+        if best is not None and best.latest is not None and best.samples >= ENOUGH:
             return Fit(2, Prior(best.latest, points, "what another engine does"))
         return Fit(2, Prior(line, points, "another machine"))
 
@@ -225,8 +285,10 @@ class Forecast:
             for fits, line, points in ((self._reads, READS, _READ_POINTS), (self._steps, STEPS, _STEP_POINTS)):
                 fits[slot] = self._new(fits[:slot] + fits[slot + 1 :], line, points)
             self._pass[slot] = None
-            for pair in [pair for pair in self._links if slot in pair]:
-                del self._links[pair]
+            self._links[slot] = {}
+            for prefill, links in enumerate(self._links):
+                if links.pop(slot, None) is not None:
+                    self._judge(prefill)
 
     # --- prompts
 
@@ -239,8 +301,9 @@ class Forecast:
             cached: those before them, whose KV it holds.
             now: monotonic seconds, as everywhere here.
         """
-        reading = Reading(slot, new, cached, self.pass_s(slot, new, cached), now)
         queue = self._queue[slot]
+        alone = not queue and not self._murky[slot]
+        reading = Reading(slot, new, cached, self.pass_s(slot, new, cached), now, alone=alone)
         if not queue:
             self._since[slot] = now
             self._backlog[slot] = 0.0  # what summing up has left of rounding
@@ -258,36 +321,83 @@ class Forecast:
             now: when.
         """
         slot = reading.slot
-        seconds = now - max(self._since[slot], reading.sent_at)
-        self._leave(reading, now)
+        travel = None
+        if decode is not None and reading.alone and reading.new > 0:
+            travel = decode, _Travel(now - reading.sent_at, reading.new, reading.cached)
+        if reading.overtaken:
+            # It came to an idle engine, so all the time is its own, though others were faster.
+            if travel is not None:
+                self._note(slot, *travel, now)
+            self._murky[slot] = True
+            return
+        self._leave(reading)
         last = self._pass[slot]
-        if last is not None and now - last.at <= max(TOGETHER_S, TOGETHER_SHARE * last.seconds):
+        if last is not None and last.holds(now):
             last.add(reading)
-            last.at = now
+            last.at = self._since[slot] = now
+            last.link = None
+            last.before = [earlier for earlier in last.before if earlier is not reading]
             return
         if last is not None:
             self._take(slot, last)
-        self._pass[slot] = one = _Pass(seconds, now)
+        done_at = now if decode is None else now - self.link_s(slot, decode, reading.new + reading.cached)
+        one = _Pass(done_at - max(self._since[slot], reading.sent_at), now, self._before(reading), clear=not self._murky[slot])
         one.add(reading)
-        if decode is not None and reading.new > 0:
-            # The line as it is now: a link is judged by what the engine does over its other links.
-            excess = (seconds - self.pass_s(slot, reading.new, reading.cached)) / reading.new
-            known = self._links.get((slot, decode))
-            self._links[slot, decode] = excess if known is None else known + _LINK_SHARE * (excess - known)
+        one.link = travel
+        self._pass[slot] = one
+        self._since[slot] = max(done_at, reading.sent_at)
+        self._murky[slot] = False
 
     def left(self, reading: Reading, *, now: float) -> None:
         """Nobody waits for its first token any more."""
-        self._leave(reading, now)
+        if reading.overtaken:
+            return
+        slot = reading.slot
+        first = next(iter(self._queue[slot])) is reading
+        self._leave(reading)
+        if first:  # else the engine had not begun with it
+            self._since[slot] = now
+            self._murky[slot] = True
 
-    def _leave(self, reading: Reading, now: float) -> None:
+    def _before(self, reading: Reading) -> list[Reading]:
+        """Those that were sent earlier and are still there; the queue is in this order."""
+        return list(takewhile(lambda other: other.sent_at < reading.sent_at, self._queue[reading.slot]))
+
+    def _leave(self, reading: Reading) -> None:
         slot = reading.slot
         queue = self._queue[slot]
         del queue[reading]
-        self._since[slot] = now
         self._backlog[slot] = self._backlog[slot] - reading.seconds if queue else 0.0
 
     def _take(self, slot: int, done: _Pass) -> None:
-        self._reads[slot].seen((float(done.new), float(done.square)), done.seconds, now=done.at)
+        """No more first tokens of this pass will come."""
+        for earlier in done.before:
+            if earlier in self._queue[slot]:
+                self._leave(earlier)
+                earlier.overtaken = True
+        if done.before or not done.clear:
+            return
+        if done.link is not None:
+            self._note(slot, *done.link, done.at)
+        if self._reads[slot].seen((float(done.new), float(done.square)), done.seconds, now=done.at):
+            self._links[slot] = {}  # what they took says nothing any more: the engine has become another
+
+    def _note(self, slot: int, decode: int, travel: _Travel, now: float) -> None:
+        link = self._links[slot].setdefault(decode, _Link())
+        link.travels.append(travel)
+        link.at = now
+        self._judge(slot)
+
+    def _judge(self, slot: int) -> None:
+        """Compares the links of an engine, by its line as it is now."""
+        links = self._links[slot].values()
+        for link in links:
+            tokens = [float(t.new + t.cached) for t in link.travels]
+            late = [(t.seconds - self.pass_s(slot, t.new, t.cached)) / n for t, n in zip(link.travels, tokens, strict=True)]
+            link.late = middle(late, tokens)
+        least = min((link.late for link in links), default=0.0)
+        for link in links:
+            link.late -= least
 
     def pass_s(self, slot: int, new: int, cached: int = 0) -> float:
         """Seconds that this engine needs for one prompt once it begins."""
@@ -300,11 +410,13 @@ class Forecast:
         if not queue:
             return 0.0
         first = next(iter(queue)).seconds
-        return max(0.0, self._backlog[slot] - first) + abs(first - (now - self._since[slot]))
+        passed = max(0.0, now - self._since[slot])
+        return max(0.0, self._backlog[slot] - first) + abs(first - passed)
 
-    def link_s(self, prefill: int, decode: int, new: int) -> float:
-        """Seconds that a prompt takes longer over this pair than the prefill engine's line says; less than 0 where it is faster."""
-        return self._links.get((prefill, decode), 0.0) * new
+    def link_s(self, prefill: int, decode: int, tokens: int) -> float:
+        """Seconds that a prompt of so many tokens, cached ones with them, takes longer than over the fastest link of its reader."""
+        link = self._links[prefill].get(decode)
+        return 0.0 if link is None else link.late * tokens
 
     def first_token_s(self, slot: int, new: int, cached: int = 0, *, now: float) -> float:
         """Seconds until the first token of a prompt that would be sent now."""
@@ -328,7 +440,7 @@ class Forecast:
 
     def stepped(self, slot: int, seconds: float, *, now: float) -> None:
         """A stream of this engine made a step."""
-        if now - self._stepped_at[slot] >= STEP_EVERY_S:
+        if abs(now - self._stepped_at[slot]) >= STEP_EVERY_S:
             self._stepped_at[slot] = now
             self._steps[slot].seen((float(max(1, self._writing[slot])), float(max(0, self._kv[slot]))), seconds, now=now)
 
@@ -379,19 +491,33 @@ class Forecast:
     def tick(self, now: float) -> None:
         """Fits one line anew, of the engines in turn: a millisecond or two, which a decision should not have to wait for."""
         for slot, last in enumerate(self._pass):
-            if last is not None and now - last.at > max(TOGETHER_S, TOGETHER_SHARE * last.seconds):
+            if last is not None and not last.holds(now):
                 self._take(slot, last)
                 self._pass[slot] = None
+            if any(now - link.at > LINK_S for link in self._links[slot].values()):
+                self._links[slot] = {decode: link for decode, link in self._links[slot].items() if now - link.at <= LINK_S}
+                self._judge(slot)
         fits = [*self._reads, *self._steps]
         for _ in fits:
             self._turn = (self._turn + 1) % len(fits)
             if fits[self._turn].refit(now=now):
+                self._lend()
                 return
 
     @property
     def engines(self) -> int:
         """How many slots there are."""
         return len(self._reads)
+
+    def _lend(self) -> None:
+        """Of an engine that was never measured is believed what its peers do, also where they were measured after it had come.
+
+        Else one whose peers are fifty times faster than its prior would get nothing for as long as they have anything less to do.
+        """
+        for fits, line, points in ((self._reads, READS, _READ_POINTS), (self._steps, STEPS, _STEP_POINTS)):
+            for slot, fit in enumerate(fits):
+                if not fit.samples:
+                    fits[slot] = self._new(fits, line, points)
 
     def known(self, slot: int, *, now: float) -> Known:
         """What is known of an engine."""
