@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable
 
@@ -10,7 +11,22 @@ import pytest
 from msgspec.structs import replace
 
 from disagg.errors import NoCapacityError, UnknownModelError
-from disagg.model import ClusterView, EngineAddress, EngineFacts, EngineId, EngineState, EngineView, HostId, HostState, HostView, Pool, Role
+from disagg.model import (
+    Choice,
+    ClusterView,
+    EngineAddress,
+    EngineFacts,
+    EngineId,
+    EngineState,
+    EngineView,
+    HostId,
+    HostState,
+    HostView,
+    Pool,
+    Role,
+)
+from disagg.policy.cost import Line, at, square
+from disagg.policy.forecast import READS, STEPS, Forecast, Outlook, Reading
 from disagg.policy.route import InFlight, choose, pool_of
 
 P, D, U = Role.PREFILL, Role.DECODE, Role.UNIFIED
@@ -408,3 +424,252 @@ def test_a_slow_unified_engine_is_not_preferred_for_being_idle() -> None:
     pool = treated(P, D, U, weights={"unified-2": 4.0}).pools["m"]
     assert chosen(pool, loads(0, 2, 0)) == ("prefill-0", "decode-1")
     assert chosen(pool, loads(0, 4, 0)) == (None, "unified-2")
+
+
+# --- by what they will take
+
+
+class Site:
+    """Engines, what is in flight there, and what is foretold of them. Lines are taught by passes and steps.
+
+    Args:
+        reads, steps: lines by slot.
+        links: seconds for each token, by the slots that read and write.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        *,
+        reads: dict[int, Line] | None = None,
+        steps: dict[int, Line] | None = None,
+        links: dict[tuple[int, int], float] | None = None,
+    ) -> None:
+        self.pool = pool
+        slots = 1 + max(engine.slot for engine in (*pool.prefill, *pool.decode, *pool.unified))
+        self.in_flight = InFlight()
+        self.in_flight.grow(slots)
+        self.kv = [0] * slots
+        self.forecast = Forecast()
+        self.forecast.grow(slots)
+        self.now = 0.0
+        links = links or {}
+        partners = {slot: [d for p, d in links if p == slot] for slot, _ in links}
+        for slot in {engine.slot for engine in (*pool.prefill, *pool.unified)}:
+            self._teach_reading(slot, (reads or {}).get(slot, READS), partners.get(slot, []), links)
+        for engine in (*pool.decode, *pool.unified):
+            self._teach_writing(engine.slot, (steps or {}).get(engine.slot, STEPS))
+        for _ in range(2 * slots):
+            self.now += 5.0
+            self.forecast.tick(self.now)
+
+    def _teach_reading(self, slot: int, line: Line, partners: list[int], links: dict[tuple[int, int], float]) -> None:
+        for number in range(30):
+            self.now += 5.0
+            new = (100, 1000, 8000)[number % 3]
+            decode = partners[number // 3 % len(partners)] if partners else None
+            way = 0.0 if decode is None else links[slot, decode] * new
+            reading = self.forecast.sent(slot, new, now=self.now)
+            self.forecast.read(reading, decode, now=self.now + at(line, (float(new), float(square(0, new)))) + way)
+            self.forecast.tick(self.now + 4.0)
+
+    def _teach_writing(self, slot: int, line: Line) -> None:
+        for batch in (1, 4, 16, 64) * 3:
+            for _ in range(batch):
+                self.forecast.began(slot, 1000)
+            self.now += 1.0
+            self.forecast.stepped(slot, at(line, (float(batch), 1000.0 * batch)), now=self.now)
+            for _ in range(batch):
+                self.forecast.ended(slot, 1000)
+
+    def read(self, slot: int, new: int) -> Reading:
+        """One more prompt that this engine has to read."""
+        self.in_flight.start(slot)
+        return self.forecast.sent(slot, new, now=self.now)
+
+    def write(self, slot: int, answers: int, kv: int = 1000) -> None:
+        """So many more answers that this engine writes, each of so many tokens."""
+        for _ in range(answers):
+            self.in_flight.start(slot)
+            self.kv[slot] += kv
+            self.forecast.began(slot, kv)
+
+    def choose(
+        self, tokens: int, *, cached: dict[int, int] | None = None, exclude: Iterable[str] = (), unified_only: bool = False
+    ) -> Choice:
+        outlook = Outlook(self.forecast, tokens=tokens, cached=cached or {}, batches=self.in_flight.now, kv=self.kv, now=self.now)
+        left_out = {EngineId(e) for e in exclude}
+        return choose(self.pool, self.in_flight, exclude=left_out, unified_only=unified_only, outlook=outlook)
+
+    def chosen(self, tokens: int, *, cached: dict[int, int] | None = None, exclude: Iterable[str] = ()) -> tuple[str | None, str]:
+        choice = self.choose(tokens, cached=cached, exclude=exclude)
+        return (choice.prefill.id if choice.prefill else None), choice.decode.id
+
+
+def test_a_prefix_that_is_held_wins_unless_its_queue_is_longer_than_what_it_saves() -> None:
+    """To read 8,000 tokens takes 0.72 s, the last 1,000 of them 0.11 s: 0.61 s are saved. A prompt of 1,000 in the queue takes 0.1 s."""
+    site = Site(pool(P, P, D))
+    waiting = 0
+    while site.chosen(8000, cached={0: 7000})[0] == "prefill-0":
+        site.read(0, 1000)
+        waiting += 1
+        assert waiting < 20
+    assert waiting in {6, 7}
+    assert site.chosen(8000, cached={0: 7000, 1: 7000})[0] == "prefill-1", "held by both, the queue decides"
+    assert site.chosen(8000)[0] == "prefill-1"
+
+
+def test_a_long_prompt_in_the_queue_counts_for_more_than_several_short_ones() -> None:
+    site = Site(pool(P, P, D))
+    site.read(0, 16_000)
+    for _ in range(4):
+        site.read(1, 200)
+    assert site.chosen(1000)[0] == "prefill-1"
+
+
+def test_equal_engines_take_turns_though_one_was_measured_a_little_faster() -> None:
+    a_little = (READS[0] * 1.02, READS[1] * 1.02, READS[2] * 1.02)
+    site = Site(pool(P, P, D, D), reads={1: a_little}, steps={3: (STEPS[0] * 1.02, *STEPS[1:])})
+    took: Counter[str] = Counter()
+    for _ in range(40):
+        choice = site.choose(1000)
+        assert choice.prefill is not None
+        for engine in (choice.prefill, choice.decode):
+            took[engine.id] += 1
+            site.in_flight.start(engine.slot)
+            site.in_flight.end(engine.slot)
+    assert set(took.values()) == {20}
+
+
+def test_what_is_alike_only_by_a_little_would_else_get_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("disagg.policy.route.ALIKE", 0.0)
+    monkeypatch.setattr("disagg.policy.route.ALIKE_S", 0.0)
+    with pytest.raises(AssertionError):
+        test_equal_engines_take_turns_though_one_was_measured_a_little_faster()
+
+
+def test_the_answer_goes_to_the_smaller_batch() -> None:
+    site = Site(pool(P, D, D))
+    site.write(1, 30)
+    site.write(2, 5)
+    assert site.chosen(1000)[1] == "decode-2"
+
+
+def test_of_equal_batches_it_goes_to_the_one_with_less_kv() -> None:
+    site = Site(pool(P, D, D))
+    site.write(1, 10, kv=50_000)
+    site.write(2, 10, kv=1000)
+    site.in_flight.turn[1] = 0  # by count and turn it would be the other one
+    assert site.chosen(1000)[1] == "decode-2"
+    site.write(2, 1, kv=1000)
+    assert site.chosen(1000)[1] == "decode-2", "though it has one more"
+
+
+def test_a_slow_link_is_avoided_by_long_prompts_and_costs_short_ones_too_little_to_care() -> None:
+    site = Site(pool(P, P, D, D), links={(0, 2): 0.0, (0, 3): 2e-4})
+    assert {site.chosen(20_000, exclude={"prefill-1"})[1] for _ in range(3)} == {"decode-2"}
+    site.in_flight.start(2)
+    site.in_flight.end(2)  # it would be the other one's turn
+    assert site.chosen(20_000, exclude={"prefill-1"})[1] == "decode-2"
+    assert site.chosen(100, exclude={"prefill-1"})[1] == "decode-3"
+    assert site.chosen(20_000, exclude={"prefill-0"})[1] == "decode-3", "its link to the other one is as good as any"
+
+
+def test_a_faster_engine_is_not_filled_until_it_is_as_slow_as_the_slow_one() -> None:
+    """Each answer makes all others of its engine slower. So the slow one gets some while the fast one is still the faster one by far."""
+    quick, slow = (0.01, 1e-3, 1e-8), (0.02, 1e-3, 1e-8)
+    site = Site(pool(P, D, D), steps={1: quick, 2: slow})
+    batches = [0, 0, 0]
+    for _ in range(40):
+        slot = site.choose(1000).decode.slot
+        site.write(slot, 1)
+        batches[slot] += 1
+        if batches[2] == 1 and slot == 2:
+            step_s = [site.forecast.step_s(s, batches[s], 1000 * batches[s]) for s in (1, 2)]
+            assert step_s[0] < 0.8 * step_s[1]
+    assert 0 < batches[2] < batches[1]
+    assert batches[1] - batches[2] < 8, "5 more: where one more costs all of them the same. Where both are equally slow it would be 10"
+
+
+def test_without_what_it_costs_the_others_the_fast_one_would_be_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def selfish(self: Outlook, slot: int) -> float:
+        return self.answer * self._forecast.step_s(slot, self._batches[slot] + 1, self._kv[slot] + self.tokens)
+
+    monkeypatch.setattr(Outlook, "answer_s", selfish)
+    with pytest.raises(AssertionError):
+        test_a_faster_engine_is_not_filled_until_it_is_as_slow_as_the_slow_one()
+
+
+def test_short_prompts_go_to_a_unified_engine_that_is_idle_and_long_ones_to_a_pair_when_it_writes() -> None:
+    site = Site(pool(P, D, U))
+    site.write(1, 8)
+    assert site.chosen(100) == (None, "unified-2")
+    site.write(2, 8)
+    assert site.chosen(8000) == ("prefill-0", "decode-1"), "eight answers would stand still for 0.7 s"
+    for _ in range(8):
+        site.read(0, 8000)
+    assert site.chosen(100) == (None, "unified-2"), "a short prompt holds them up for less than it would wait"
+
+
+def test_without_the_pause_a_busy_unified_engine_would_read_long_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(pool(P, D, U))
+    site.write(1, 12)
+    site.write(2, 8)
+    assert site.chosen(8000) == ("prefill-0", "decode-1")
+    monkeypatch.setattr(Outlook, "pause_s", lambda *_: 0.0)
+    assert site.chosen(8000) == (None, "unified-2")
+
+
+def test_the_best_of_several_unified_engines() -> None:
+    site = Site(pool(U, U, U))
+    site.write(0, 3)
+    site.read(1, 8000)
+    assert site.chosen(1000) == (None, "unified-2")
+    assert site.chosen(1000, exclude={"unified-2"}) == (None, "unified-0")
+    assert site.chosen(8000, cached={1: 7999}, exclude={"unified-2", "unified-0"}) == (None, "unified-1")
+
+
+def test_islands_are_compared_as_pairs() -> None:
+    other = OTHERS["page size"][0]
+    site = Site(pool_of(engines((P, WHOLE), (P, other), (D, WHOLE), (D, other)), "m"))
+    site.read(0, 16_000)
+    assert site.chosen(1000) == ("prefill-1", "decode-3")
+    assert site.chosen(16_000, cached={0: 15_999}) == ("prefill-1", "decode-3"), "it would wait there for longer than that saves"
+    assert site.chosen(20_000, cached={0: 19_000}) == ("prefill-0", "decode-2")
+    site.write(3, 60, kv=8000)
+    assert site.chosen(1000) == ("prefill-0", "decode-2"), "the best reader of the other island is worth less than its writer costs"
+    assert site.chosen(1000, exclude={"decode-2"}) == ("prefill-1", "decode-3")
+    with pytest.raises(NoCapacityError):
+        site.chosen(1000, exclude={"decode-2", "prefill-1"})
+
+
+def test_what_was_tried_is_left_out_however_good() -> None:
+    site = Site(pool(P, P, D, D, U))
+    site.read(1, 8000)
+    site.write(3, 10)
+    assert site.chosen(1000, cached={0: 999}, exclude={"prefill-0", "decode-2", "unified-4"}) == ("prefill-1", "decode-3")
+    assert site.chosen(1000, exclude={"prefill-0", "prefill-1"}) == (None, "unified-4")
+    with pytest.raises(NoCapacityError):
+        site.chosen(1000, exclude={"prefill-0", "prefill-1", "unified-4"})
+    alone = site.choose(1000, unified_only=True)
+    assert (alone.prefill, alone.decode.id) == (None, "unified-4")
+
+
+def test_a_choice_by_outlook_says_why() -> None:
+    site = Site(pool(P, D, U))
+    site.write(2, 60)
+    site.read(0, 1000)
+    site.write(1, 2)
+    assert re.fullmatch(
+        r"prefill-0 gives the first token in 0\.2\d\d s \(0\.09\d s of them waiting, it holds 500 of 2000 tokens\); "
+        r"decode-1 has 2 requests in flight",
+        site.choose(2000, cached={0: 500}).reason,
+    )
+    assert re.fullmatch(
+        r"prefill-0 gives the first token in \S+ s \(\S+ s of them waiting\); decode-1 has 2 requests in flight",
+        site.choose(2000).reason,
+    )
+    idle = Site(pool(P, D, U))
+    idle.read(0, 16_000)
+    assert re.fullmatch(r"unified-2 costs 2\.\d s, prefill-0 and decode-1 [\d.]+ s", idle.choose(100).reason)
+    assert idle.choose(100, exclude={"prefill-0"}).reason == "no pair can take it; unified-2 has 0 requests in flight"
