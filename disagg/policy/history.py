@@ -14,6 +14,7 @@ All engines stand in one table: name to a bit for each slot that holds it. A dec
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 BLOCK = 1024
@@ -50,13 +51,14 @@ class PrefixHistory:
 
     def __init__(self) -> None:
         self._holders: dict[int, int] = {}  # name: bits of slots
-        self._held: list[dict[int, None]] = []  # by slot, the least recently used first
+        # By slot, the least recently used first. Not dicts: the first key of one is found by walking past all that were deleted before it.
+        self._held: list[OrderedDict[int, None]] = []
         self._limits: list[int] = []
 
     def grow(self, slots: int) -> None:
         """Makes room for engines up to this many slots."""
         for _ in range(slots - len(self._held)):
-            self._held.append({})
+            self._held.append(OrderedDict())
             self._limits.append(0)
 
     def resize(self, slot: int, blocks: int) -> None:
@@ -69,10 +71,10 @@ class PrefixHistory:
         held, holders, bit = self._held[slot], self._holders, 1 << slot
         for name in reversed(names):  # the beginning is used last: it is given up after its end
             if name in held:
-                del held[name]
+                held.move_to_end(name)
             else:
                 holders[name] = holders.get(name, 0) | bit
-            held[name] = None
+                held[name] = None
         self._evict(slot)
 
     def forget(self, slot: int) -> None:
@@ -80,14 +82,12 @@ class PrefixHistory:
         if slot < len(self._held):
             for name in self._held[slot]:
                 self._let_go(name, slot)
-            self._held[slot] = {}
+            self._held[slot] = OrderedDict()
 
     def _evict(self, slot: int) -> None:
         held, limit = self._held[slot], self._limits[slot]
         while len(held) > limit:
-            name = next(iter(held))
-            del held[name]
-            self._let_go(name, slot)
+            self._let_go(held.popitem(last=False)[0], slot)
 
     def _let_go(self, name: int, slot: int) -> None:
         left = self._holders[name] & ~(1 << slot)
