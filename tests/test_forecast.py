@@ -421,6 +421,7 @@ def test_short_prompts_that_came_late_make_no_slow_link() -> None:
     for number in range(3):  # the last that is seen of one of them
         reading = world.forecast.sent(0, 10, now=world.now + number)
         world.forecast.read(reading, 1, now=world.now + number + 0.06)
+        world.forecast.tick(world.now + number + 0.5)
     assert world.forecast.link_s(0, 1, 4000) < 0.05
 
 
@@ -435,6 +436,10 @@ def test_one_absurd_time_is_no_link() -> None:
     world = paired({}, 0.3)
     reading = world.forecast.sent(0, 1000, now=world.now)
     world.forecast.read(reading, 2, now=world.now + 1e9)
+    later = world.now + 1e9 + 1.0
+    world.forecast.tick(later)
+    world.forecast.read(world.forecast.sent(0, 1000, now=later), 1, now=later + at(GPU, (1000.0, 1e6)))
+    world.forecast.tick(later + 1.0)
     assert world.forecast.link_s(0, 2, 1000) < 0.02
     assert world.pass_error(0) < 0.08
 
@@ -477,6 +482,7 @@ def test_what_is_forgotten_is_this_engine_and_its_links() -> None:
     forecast = world.forecast
     reading = forecast.sent(0, 1000, now=world.now)
     forecast.forget(1)
+    forecast.tick(world.now)
     assert forecast.known(0, now=world.now).reads_trust.samples > 0
     assert forecast.link_s(0, 2, 1000) == 0.0, "with nothing to compare it with"
     forecast.forget(0)

@@ -227,6 +227,7 @@ class Forecast:
         "_kv",
         "_links",
         "_murky",
+        "_noted",
         "_pass",
         "_prompt",
         "_queue",
@@ -250,6 +251,7 @@ class Forecast:
         self._writing: list[int] = []
         self._kv: list[int] = []
         self._links: list[dict[int, _Link]] = []  # by the slot that reads and the one that writes
+        self._noted: set[int] = set()  # slots that read, whose links are to be judged anew
         self._answer = ANSWER_TOKENS
         self._prompt = 0.0
         self._turn = 0
@@ -288,7 +290,7 @@ class Forecast:
             self._links[slot] = {}
             for prefill, links in enumerate(self._links):
                 if links.pop(slot, None) is not None:
-                    self._judge(prefill)
+                    self._noted.add(prefill)
 
     # --- prompts
 
@@ -386,7 +388,7 @@ class Forecast:
         link = self._links[slot].setdefault(decode, _Link())
         link.travels.append(travel)
         link.at = now
-        self._judge(slot)
+        self._noted.add(slot)
 
     def _judge(self, slot: int) -> None:
         """Compares the links of an engine, by its line as it is now."""
@@ -489,14 +491,16 @@ class Forecast:
     # --- upkeep
 
     def tick(self, now: float) -> None:
-        """Fits one line anew, of the engines in turn: a millisecond or two, which a decision should not have to wait for."""
+        """Judges links, and fits one line anew, of the engines in turn: a millisecond or two, which no decision should have to wait for."""
         for slot, last in enumerate(self._pass):
             if last is not None and not last.holds(now):
                 self._take(slot, last)
                 self._pass[slot] = None
             if any(now - link.at > LINK_S for link in self._links[slot].values()):
                 self._links[slot] = {decode: link for decode, link in self._links[slot].items() if now - link.at <= LINK_S}
-                self._judge(slot)
+                self._noted.add(slot)
+        while self._noted:
+            self._judge(self._noted.pop())
         fits = [*self._reads, *self._steps]
         for _ in fits:
             self._turn = (self._turn + 1) % len(fits)
