@@ -412,13 +412,37 @@ def test_a_batch_says_nothing_of_the_links_that_it_went_over() -> None:
     assert world.forecast.link_s(0, 2, 1000) < 0.01
 
 
+def test_nor_does_one_whose_first_prompt_had_found_the_engine_idle() -> None:
+    forecast = Forecast()
+    forecast.grow(3)
+    for number in range(10):
+        now = 10.0 * number
+        forecast.read(forecast.sent(0, 1000, now=now), 1, now=now + 0.1)
+        both = [forecast.sent(0, 1000, now=now + 5.0 + late) for late in (0.0, 0.001)]
+        for late, reading in enumerate(both):
+            forecast.read(reading, 2, now=now + 5.2 + 0.001 * late)
+        forecast.tick(now + 9.0)
+    assert forecast.link_s(0, 2, 1000) == 0.0
+
+
+def test_an_engine_that_became_slower_has_no_slow_links_for_it() -> None:
+    """What was seen of the one that is not used any more was seen before, and would seem to be the fast one."""
+    world = World(Engine(GPU))
+    for number in range(60):
+        world.engines[0].slow = 1.0 if number < 40 else 5.0
+        world.send(0, 1000, decode=1 + number % 2 if number < 40 else 1)
+        world.run(3.0)
+    assert world.forecast.link_s(0, 1, 1000) < 0.05
+    assert world.pass_error(0, (1000,)) < 0.1
+
+
 def test_short_prompts_that_came_late_make_no_slow_link() -> None:
     """Some milliseconds for ten tokens would be seconds for some thousands."""
     world = World(Engine(GPU))
     for number in range(60):
         world.send(0, 10 if number % 2 else 2000, decode=1 + number // 2 % 2)
         world.run(1.0)
-    for number in range(3):  # the last that is seen of one of them
+    for number in range(4):  # the last that is seen of one of them
         reading = world.forecast.sent(0, 10, now=world.now + number)
         world.forecast.read(reading, 1, now=world.now + number + 0.06)
         world.forecast.tick(world.now + number + 0.5)
@@ -492,6 +516,15 @@ def test_what_is_forgotten_is_this_engine_and_its_links() -> None:
     assert forecast.wait_s(0, now=world.now) == 0.0
     forecast.forget(99)
     forecast.check()
+
+
+def test_a_pass_of_the_process_before_says_nothing_of_this_one() -> None:
+    forecast = Forecast()
+    forecast.grow(1)
+    forecast.read(forecast.sent(0, 1000, now=0.0), now=3.0)
+    forecast.forget(0)
+    forecast.tick(4.0)
+    assert forecast.known(0, now=4.0).reads_trust.samples == 0
 
 
 def test_before_any_measurement_there_is_something_to_go_by() -> None:
@@ -605,6 +638,7 @@ def test_a_clock_that_jumps_harms_nothing(jump: float) -> None:
     world.traffic(0, 0.5, 60.0)
     waiting = [world.send(0, 1000) for _ in range(3)]
     forecast, now = world.forecast, world.now + jump
+    forecast.stepped(0, 0.5, now=world.now)
     assert jump > 0 or forecast.wait_s(0, now=now) <= sum(prompt.reading.seconds for prompt in waiting) + 1e-9
     for number, prompt in enumerate(waiting):
         forecast.read(prompt.reading, now=now + 0.1 * number)

@@ -138,8 +138,8 @@ class Fit:
 
     # --- what happens
 
-    def seen(self, features: Features, seconds: float, *, now: float) -> bool:
-        """A piece of work was done; True if that shows that the engine has become slower or faster as a whole.
+    def seen(self, features: Features, seconds: float, *, now: float) -> None:
+        """A piece of work was done.
 
         Args:
             features: what it was; none of them below 0.
@@ -149,9 +149,9 @@ class Fit:
         if len(features) != self._features:
             raise ValueError(f"{len(features)} features for a line of {self._features}")
         if not (math.isfinite(seconds) and seconds > 0.0 and all(math.isfinite(x) and x >= 0.0 for x in features)):
-            return False
+            return
         sample = _Sample(features, seconds, now)
-        shifted = self._compare(sample)
+        self._compare(sample)
         self._count += 1
         key = tuple(int(x).bit_length() for x in features)
         kept = self._classes.pop(key, None) or deque(maxlen=CLASS_LIMIT)
@@ -160,22 +160,20 @@ class Fit:
         while len(self._classes) > CLASSES_LIMIT:
             self._classes.pop(next(iter(self._classes)))
         self._stale = True
-        return shifted
 
-    def _compare(self, sample: _Sample) -> bool:
+    def _compare(self, sample: _Sample) -> None:
         """The prediction comes before the sample: an error of what was known already says nothing."""
         line = self.latest
         if line is None:
-            return False
+            return
         said = max(at(line, sample.features), _LEAST_S)
         self._errors.append(abs(said - sample.seconds) / sample.seconds)
         self._recent.append((sample, math.log(sample.seconds / said)))
         off = [r for _, r in self._recent]
         least = min(off, key=abs)
         if len(off) < RECENT or abs(least) < math.log(SHIFT) or any((r > 0) != (least > 0) for r in off):
-            return False
+            return
         self._shift(math.exp(median(off)))
-        return True
 
     def _shift(self, scale: float) -> None:
         """What it did before it changed would have taken so many times as long now; the samples that showed it have."""

@@ -31,7 +31,7 @@ from itertools import takewhile
 
 import msgspec
 
-from disagg.policy.cost import ENOUGH, Fit, Line, Prior, Trust, middle, square
+from disagg.policy.cost import ENOUGH, SHIFT, Fit, Line, Prior, Trust, middle, square
 
 READS: Line = (0.015, 8.0e-5, 1.0e-9)
 STEPS: Line = (0.012, 1.0e-4, 2.0e-8)
@@ -113,9 +113,10 @@ class _Pass:
 
 
 class _Travel(msgspec.Struct, frozen=True):
-    """A prompt whose engine had nothing else to do: what its first token took, with the way."""
+    """A prompt whose engine had nothing else to do: what its first token took, with the way, and what the line said of it then."""
 
     seconds: float
+    said: float
     new: int
     cached: int
 
@@ -325,7 +326,7 @@ class Forecast:
         slot = reading.slot
         travel = None
         if decode is not None and reading.alone and reading.new > 0:
-            travel = decode, _Travel(now - reading.sent_at, reading.new, reading.cached)
+            travel = decode, _Travel(now - reading.sent_at, reading.seconds, reading.new, reading.cached)
         if reading.overtaken:
             # It came to an idle engine, so all the time is its own, though others were faster.
             if travel is not None:
@@ -381,8 +382,7 @@ class Forecast:
             return
         if done.link is not None:
             self._note(slot, *done.link, done.at)
-        if self._reads[slot].seen((float(done.new), float(done.square)), done.seconds, now=done.at):
-            self._links[slot] = {}  # what they took says nothing any more: the engine has become another
+        self._reads[slot].seen((float(done.new), float(done.square)), done.seconds, now=done.at)
 
     def _note(self, slot: int, decode: int, travel: _Travel, now: float) -> None:
         link = self._links[slot].setdefault(decode, _Link())
@@ -391,14 +391,25 @@ class Forecast:
         self._noted.add(slot)
 
     def _judge(self, slot: int) -> None:
-        """Compares the links of an engine, by its line as it is now."""
-        links = self._links[slot].values()
-        for link in links:
-            tokens = [float(t.new + t.cached) for t in link.travels]
-            late = [(t.seconds - self.pass_s(slot, t.new, t.cached)) / n for t, n in zip(link.travels, tokens, strict=True)]
-            link.late = middle(late, tokens)
-        least = min((link.late for link in links), default=0.0)
-        for link in links:
+        """Compares the links of an engine, by its line as it is now.
+
+        What was seen when the line was quite another one says nothing: a link that was not used since the engine became slower would seem
+        to be the fast one.
+        """
+        found = []
+        for link in self._links[slot].values():
+            link.late = 0.0
+            tokens, late = [], []
+            for travel in link.travels:
+                says, n = self.pass_s(slot, travel.new, travel.cached), travel.new + travel.cached
+                if travel.said < SHIFT * says and says < SHIFT * travel.said:
+                    tokens.append(float(n))
+                    late.append((travel.seconds - says) / n)
+            if late:
+                link.late = middle(late, tokens)
+                found.append(link)
+        least = min((link.late for link in found), default=0.0)
+        for link in found:
             link.late -= least
 
     def pass_s(self, slot: int, new: int, cached: int = 0) -> float:
