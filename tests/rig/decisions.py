@@ -2,7 +2,8 @@
 
 Started by ``scripts/bench-decisions``. It is all in one process and on one core: the pure parts, called as the router calls them. Half of
 the prompts begin like one that was sent before, as the next turn of a conversation does. The engines have some prompts to read and a
-batch to write, and their lines have been fitted. Refits are done beside the decisions, as in the router, and not counted.
+batch to write, and their lines have been fitted. Refits are done beside the decisions, as in the router, and not counted. It is the time of
+the CPU, so that what else the machine does takes no turns in it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import random
 import sys
 from collections import deque
 from statistics import median
-from time import perf_counter_ns
+from time import thread_time_ns
 
 from disagg.model import Choice, ClusterView, EngineAddress, EngineFacts, EngineId, EngineState, EngineView, Pool, Role
 from disagg.policy.forecast import Forecast, Outlook, Reading
@@ -101,7 +102,7 @@ def _pool(prefill: int, decode: int) -> Pool:
 
 
 def measure(router: Router, size: int, decisions: int) -> list[float]:
-    """Microseconds of each decision, in order of length."""
+    """Microseconds of CPU of each decision, in order of length."""
     chance = router.chance
     known: deque[bytes] = deque(maxlen=200)
     took = []
@@ -113,9 +114,9 @@ def measure(router: Router, size: int, decisions: int) -> list[float]:
         else:
             prompt = chance.randbytes(size)
         known.append(prompt)
-        start = perf_counter_ns()
+        start = thread_time_ns()
         choice = router.decide(prompt)
-        seconds = perf_counter_ns() - start
+        seconds = thread_time_ns() - start
         if number >= decisions // 4:  # before that lines are still guesses, and caches cold
             took.append(seconds / 1e3)
         router.go_on(choice, size // BYTES_PER_TOKEN)
