@@ -214,7 +214,7 @@ def test_a_prompt_that_is_aborted_in_the_queue_takes_nothing_from_the_one_before
     first, second = forecast.sent(0, 1000, now=0.0), forecast.sent(0, 1000, now=0.01)
     before = forecast.wait_s(0, now=0.05)
     forecast.left(second, now=0.05)
-    assert forecast.wait_s(0, now=0.05) == pytest.approx(before - second.seconds), "what has passed of the first one is not forgotten"
+    assert forecast.wait_s(0, now=0.05) == pytest.approx(before - second.busy_s), "what has passed of the first one is not forgotten"
     forecast.read(first, now=0.3)
     forecast.tick(1.0)
     assert forecast.known(0, now=1.0).reads_trust.samples == 1
@@ -511,7 +511,7 @@ def test_what_is_forgotten_is_this_engine_and_its_links() -> None:
     assert forecast.link_s(0, 2, 1000) == 0.0, "with nothing to compare it with"
     forecast.forget(0)
     assert forecast.known(0, now=world.now).reads_trust.samples == 0
-    assert forecast.wait_s(0, now=world.now) == pytest.approx(reading.seconds), "what is in flight is still to be ended"
+    assert forecast.wait_s(0, now=world.now) == pytest.approx(reading.busy_s), "what is in flight is still to be ended"
     forecast.left(reading, now=world.now)
     assert forecast.wait_s(0, now=world.now) == 0.0
     forecast.forget(99)
@@ -639,7 +639,7 @@ def test_a_clock_that_jumps_harms_nothing(jump: float) -> None:
     waiting = [world.send(0, 1000) for _ in range(3)]
     forecast, now = world.forecast, world.now + jump
     forecast.stepped(0, 0.5, now=world.now)
-    assert jump > 0 or forecast.wait_s(0, now=now) <= sum(prompt.reading.seconds for prompt in waiting) + 1e-9
+    assert jump > 0 or forecast.wait_s(0, now=now) <= sum(prompt.reading.busy_s for prompt in waiting) + 1e-9
     for number, prompt in enumerate(waiting):
         forecast.read(prompt.reading, now=now + 0.1 * number)
         forecast.check()
@@ -743,3 +743,46 @@ def test_a_random_walk_keeps_its_books() -> None:
         next(walk)
         forecast.check()
     assert "engines=" in repr(forecast)
+
+
+# --- what keeps an engine busy
+
+
+def test_what_travels_keeps_no_engine_busy() -> None:
+    """Half of the time of a short prompt is its way: an engine can do twice as many as their first tokens let think."""
+    line, way_s, new = (0.010, 1.0e-4, 0.0), 0.020, 100
+    forecast, chance = Forecast(), random.Random(3)
+    forecast.grow(1)
+    free_at = now = 0.0
+    events: list[tuple[float, Reading]] = []
+    for number in range(1000):
+        now += chance.expovariate(20.0)
+        while events and events[0][0] <= now:
+            at_, reading = events.pop(0)
+            forecast.read(reading, 1, now=at_)
+        if number % 10 == 0:
+            forecast.tick(now)
+        free_at = max(free_at, now) + line[0] + line[1] * new
+        events.append((free_at + way_s, forecast.sent(0, new, now=now)))
+    assert forecast.busy_s(0, new) == pytest.approx(0.020, rel=0.1)
+    assert forecast.pass_s(0, new) > 1.2 * forecast.busy_s(0, new)
+
+
+def test_without_spans_from_a_queue_an_engine_is_taken_to_be_busy_until_the_first_token() -> None:
+    forecast = Forecast()
+    forecast.grow(1)
+    for number in range(20):
+        reading = forecast.sent(0, 100, now=float(number))
+        forecast.read(reading, 1, now=number + 0.05)
+        forecast.tick(number + 0.5)
+    assert forecast.busy_s(0, 100) == forecast.pass_s(0, 100) == pytest.approx(0.05, rel=0.05)
+
+
+def test_the_first_answers_say_at_once_how_long_answers_are() -> None:
+    forecast = Forecast()
+    for _ in range(5):
+        forecast.answered(8)
+    assert forecast.answer_tokens == pytest.approx(8)
+    for _ in range(100):
+        forecast.answered(80)
+    assert 60 < forecast.answer_tokens < 80

@@ -12,6 +12,9 @@ what the router sees anyway.
   a queue it is hidden behind the next pass. So links are judged by the former alone: by what they took longer than the line says, by
   token, against the fastest link of the same engine. That much is then taken off before a sample counts for the line, so that a slow link
   is not blamed on the engine, whose other links are fast.
+* **Occupancy.** So what a prompt takes until its first token is more than what it keeps the engine busy for. What took the next place in
+  a queue before the last one began tells that apart, once there was enough of it: waits are summed up, and demand is measured, in what it
+  says.
 * **Steps.** The pause between two tokens of a stream is a step of the batch that it is in.
 
 What an engine has still to do is the sum of what its prompts were expected to take, without what has passed of the first one. When that is
@@ -62,16 +65,18 @@ class Reading:
     Attributes:
         slot: of the engine that reads it.
         new, cached: its tokens, as far as that is known.
-        seconds: what it was expected to take.
+        seconds: what it was expected to take until its first token.
+        busy_s: for how much of that the engine was expected to be busy with it.
         sent_at: when it was sent.
         alone: it found the engine idle, as far as that is known.
         overtaken: the first token of a later prompt came before its own, out of another pass.
     """
 
-    __slots__ = ("alone", "cached", "new", "overtaken", "seconds", "sent_at", "slot")
+    __slots__ = ("alone", "busy_s", "cached", "new", "overtaken", "seconds", "sent_at", "slot")
 
-    def __init__(self, slot: int, new: int, cached: int, seconds: float, sent_at: float, *, alone: bool) -> None:
+    def __init__(self, slot: int, new: int, cached: int, seconds: float, busy_s: float, sent_at: float, *, alone: bool) -> None:
         self.alone = alone
+        self.busy_s = busy_s
         self.overtaken = False
         self.slot = slot
         self.new = new
@@ -89,9 +94,10 @@ class _Pass:
         clear: nothing else can have taken part of that time.
         before: prompts that were sent before the first of them and have not been read; if they are not read with it, they were overtaken.
         link: what is to be noted of the way that the only one of them went; None if there are several, or if it had waited.
+        waited: the first of them was there before the pass before this one began: nothing but the engine took the time.
     """
 
-    __slots__ = ("at", "before", "clear", "link", "new", "seconds", "square")
+    __slots__ = ("at", "before", "clear", "link", "new", "seconds", "square", "waited")
 
     def __init__(self, seconds: float, at: float, before: list[Reading], *, clear: bool) -> None:
         self.seconds = seconds
@@ -99,6 +105,7 @@ class _Pass:
         self.before = before
         self.clear = clear
         self.link: tuple[int, _Travel] | None = None
+        self.waited = False
         self.new = 0
         self.square = 0
 
@@ -224,7 +231,10 @@ class Forecast:
 
     __slots__ = (
         "_answer",
+        "_answers",
         "_backlog",
+        "_began",
+        "_busy",
         "_kv",
         "_links",
         "_murky",
@@ -244,6 +254,8 @@ class Forecast:
         self._reads: list[Fit] = []
         self._steps: list[Fit] = []
         self._queue: list[dict[Reading, None]] = []
+        self._began: list[float] = []  # when the last pass did, as far as that can be known
+        self._busy: list[Fit] = []  # lines of what keeps the engine busy
         self._backlog: list[float] = []  # seconds, of all in the queue
         self._since: list[float] = []  # when the engine began with the first of its queue, as far as that can be known
         self._murky: list[bool] = []  # since then it may have done what nobody knows of
@@ -254,6 +266,7 @@ class Forecast:
         self._links: list[dict[int, _Link]] = []  # by the slot that reads and the one that writes
         self._noted: set[int] = set()  # slots that read, whose links are to be judged anew
         self._answer = ANSWER_TOKENS
+        self._answers = 0
         self._prompt = 0.0
         self._turn = 0
 
@@ -267,6 +280,8 @@ class Forecast:
             self._queue.append({})
             self._pass.append(None)
             self._backlog.append(0.0)
+            self._began.append(-math.inf)
+            self._busy.append(Fit(2))
             self._since.append(-math.inf)
             self._murky.append(False)
             self._links.append({})
@@ -287,6 +302,7 @@ class Forecast:
         if slot < len(self._reads):
             for fits, line, points in ((self._reads, READS, _READ_POINTS), (self._steps, STEPS, _STEP_POINTS)):
                 fits[slot] = self._new(fits[:slot] + fits[slot + 1 :], line, points)
+            self._busy[slot] = Fit(2)
             self._pass[slot] = None
             self._links[slot] = {}
             for prefill, links in enumerate(self._links):
@@ -306,12 +322,12 @@ class Forecast:
         """
         queue = self._queue[slot]
         alone = not queue and not self._murky[slot]
-        reading = Reading(slot, new, cached, self.pass_s(slot, new, cached), now, alone=alone)
+        reading = Reading(slot, new, cached, self.pass_s(slot, new, cached), self.busy_s(slot, new, cached), now, alone=alone)
         if not queue:
             self._since[slot] = now
             self._backlog[slot] = 0.0  # what summing up has left of rounding
         queue[reading] = None
-        self._backlog[slot] += reading.seconds
+        self._backlog[slot] += reading.busy_s
         self._prompt += _ANSWER_SHARE * (new + cached - self._prompt) if self._prompt else new + cached
         return reading
 
@@ -347,6 +363,8 @@ class Forecast:
         one = _Pass(done_at - max(self._since[slot], reading.sent_at), now, self._before(reading), clear=not self._murky[slot])
         one.add(reading)
         one.link = travel
+        one.waited = reading.sent_at <= self._began[slot]
+        self._began[slot] = max(self._since[slot], reading.sent_at)
         self._pass[slot] = one
         self._since[slot] = max(done_at, reading.sent_at)
         self._murky[slot] = False
@@ -370,7 +388,7 @@ class Forecast:
         slot = reading.slot
         queue = self._queue[slot]
         del queue[reading]
-        self._backlog[slot] = self._backlog[slot] - reading.seconds if queue else 0.0
+        self._backlog[slot] = self._backlog[slot] - reading.busy_s if queue else 0.0
 
     def _take(self, slot: int, done: _Pass) -> None:
         """No more first tokens of this pass will come."""
@@ -382,7 +400,10 @@ class Forecast:
             return
         if done.link is not None:
             self._note(slot, *done.link, done.at)
-        self._reads[slot].seen((float(done.new), float(done.square)), done.seconds, now=done.at)
+        work = (float(done.new), float(done.square))
+        self._reads[slot].seen(work, done.seconds, now=done.at)
+        if done.waited:
+            self._busy[slot].seen(work, done.seconds, now=done.at)
 
     def _note(self, slot: int, decode: int, travel: _Travel, now: float) -> None:
         link = self._links[slot].setdefault(decode, _Link())
@@ -417,14 +438,23 @@ class Forecast:
         a, b, c = self._reads[slot].latest or READS
         return a + b * new + c * ((cached + new) ** 2 - cached**2)
 
+    def busy_s(self, slot: int, new: int, cached: int = 0) -> float:
+        """Seconds for which one prompt keeps this engine from others; never more than `pass_s`."""
+        seconds, fit = self.pass_s(slot, new, cached), self._busy[slot]
+        if fit.latest is None or fit.samples < ENOUGH:
+            return seconds
+        a, b, c = fit.latest
+        return min(seconds, a + b * new + c * ((cached + new) ** 2 - cached**2))
+
     def wait_s(self, slot: int, *, now: float) -> float:
         """Seconds until this engine could begin with one more prompt."""
         queue = self._queue[slot]
         if not queue:
             return 0.0
-        first = next(iter(queue)).seconds
+        first = next(iter(queue))
         passed = max(0.0, now - self._since[slot])
-        return max(0.0, self._backlog[slot] - first) + abs(first - passed)
+        left = max(first.busy_s - passed, passed - first.seconds, 0.0)  # late for as long again as it is late already
+        return max(0.0, self._backlog[slot] - first.busy_s) + left
 
     def link_s(self, prefill: int, decode: int, tokens: int) -> float:
         """Seconds that a prompt of so many tokens, cached ones with them, takes longer than over the fastest link of its reader."""
@@ -449,7 +479,8 @@ class Forecast:
 
     def answered(self, tokens: int) -> None:
         """An answer has come to its end."""
-        self._answer += _ANSWER_SHARE * (tokens - self._answer)
+        self._answers += 1
+        self._answer += max(_ANSWER_SHARE, 1 / self._answers) * (tokens - self._answer)
 
     def stepped(self, slot: int, seconds: float, *, now: float) -> None:
         """A stream of this engine made a step."""
@@ -512,7 +543,7 @@ class Forecast:
                 self._noted.add(slot)
         while self._noted:
             self._judge(self._noted.pop())
-        fits = [*self._reads, *self._steps]
+        fits = [*self._reads, *self._steps, *self._busy]
         for _ in fits:
             self._turn = (self._turn + 1) % len(fits)
             if fits[self._turn].refit(now=now):
@@ -552,10 +583,11 @@ class Forecast:
         """Asserts what is always true."""
         for slot, queue in enumerate(self._queue):
             assert all(reading.slot == slot for reading in queue)
-            assert math.isclose(self._backlog[slot], sum(r.seconds for r in queue), rel_tol=1e-6, abs_tol=1e-6)
+            assert math.isclose(self._backlog[slot], sum(r.busy_s for r in queue), rel_tol=1e-6, abs_tol=1e-6)
             assert self._writing[slot] >= 0
             assert self._writing[slot] or not self._kv[slot]
             self._reads[slot].check()
+            self._busy[slot].check()
             self._steps[slot].check()
 
     def __repr__(self) -> str:

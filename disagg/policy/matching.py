@@ -56,7 +56,7 @@ def situation_of(
         decode=len(decode),
         offered=demand.offered(now) if demand is not None else (0.0, 0.0),
         watched_s=demand.watched_s(now) if demand is not None else 0.0,
-        prompt_s=forecast.pass_s(readers[0].slot, int(forecast.prompt_tokens)) if readers else 0.0,
+        prompt_s=forecast.busy_s(readers[0].slot, int(forecast.prompt_tokens)) if readers else 0.0,
         late_s=min((forecast.wait_s(e.slot, now=now) for e in readers), default=0.0),
         late_limit_s=books.slo.ttft_s,
         kv_share=_share(decode, books),

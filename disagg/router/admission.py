@@ -375,7 +375,7 @@ class Admission:
         if prefill is not None or wanting.streams:
             promise.reading = self.books.sent(choice, _prompt(wanting, prompt_tokens), now=self._clock())
             if prefill is not None:
-                self.books.asked(decode.facts.model, promise.reading.seconds, decode, now=self._clock())
+                self.books.asked(decode.facts.model, promise.reading.busy_s, decode, now=self._clock())
         else:
             promise.read(self._clock())  # its first token will not be seen
         return promise
@@ -411,7 +411,7 @@ class Admission:
         if pool.can_pair and not wanting.was_let_in:
             prefill, decode = pool.prefill[0], pool.decode[0]
             tokens = self._price(wanting, decode.facts.model, decode.facts.context_tokens)[0]
-            self.books.asked(decode.facts.model, self.books.forecast.pass_s(prefill.slot, tokens), decode, now=self._clock())
+            self.books.asked(decode.facts.model, self.books.forecast.busy_s(prefill.slot, tokens), decode, now=self._clock())
 
     def _find(self, wanting: Wanting, exclude: Collection[EngineId]) -> tuple[Choice, int, int] | None:
         """Engines with room, and the tokens of a prefill and of a decode engine. Raises UnknownModelError."""

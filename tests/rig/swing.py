@@ -38,7 +38,7 @@ ITL_S = 0.06
 PLACES = 8
 PACE = "10,0.2;20,2"
 FLAGS = (
-    *("--log-level", "info", "--ttft-s", f"{TTFT_S:g}", "--itl-s", f"{ITL_S:g}", "--queue-timeout-s", f"{TTFT_S / 2:g}"),
+    *("--log-level", "warning", "--ttft-s", f"{TTFT_S:g}", "--itl-s", f"{ITL_S:g}", "--queue-timeout-s", f"{TTFT_S / 2:g}"),
     *("--engine-arg=--paced", f"--engine-arg={PACE}", "--engine-arg=--paced-compute", "--engine-arg=off"),
     *("--engine-arg=--max-running-requests", f"--engine-arg={PLACES}", "--kv-pool-tokens", "32768", "--chunk-tokens", "512"),
 )
