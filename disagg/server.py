@@ -300,6 +300,7 @@ async def router_running(
         metrics.ejections = controller.ejections
         metrics.control = orders
         metrics.prefixes = controller.prefixes
+        metrics.hits = lambda: (books.hit_tokens, books.prompt_tokens)
         await _listen_admin(
             stack,
             config,

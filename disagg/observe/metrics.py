@@ -82,6 +82,7 @@ class RouterMetrics(Collector):
         self.loop_lag = Histogram(_STEP_S)
         self.control: ControlCounts | None = None
         self.prefixes: PrefixIndex | None = None
+        self.hits: Callable[[], tuple[int, int]] | None = None
         self.canaries: Mapping[str, int] = {}
         self.orphans: Mapping[str, int] = {}
         self.holds: Callable[[], Sequence[Hold]] = tuple
@@ -127,6 +128,10 @@ class RouterMetrics(Collector):
             yield _counter("disagg_control_messages", "Messages of the control plane, by kind.", ["kind"], _by_one(messages))
             yield _counter("disagg_flips", "Role flips that ended.", ["from", "to", "outcome"], flips.items())
 
+        if self.hits is not None:
+            hit, asked = self.hits()
+            yield CounterMetricFamily("disagg_prefix_hit_tokens", "Prompt tokens that engines were expected to hold already.", value=hit)
+            yield CounterMetricFamily("disagg_prefix_asked_tokens", "Prompt tokens of which that was looked up.", value=asked)
         if self.prefixes is not None:
             yield from _of_prefixes(self.prefixes)
 

@@ -59,6 +59,10 @@ class Books:
     Args:
         slo: what was promised to clients.
         window_s: over which demand is averaged.
+
+    Attributes:
+        hit_tokens: of all prompts with names so far, what the engines that were chosen held already, as far as that is known.
+        prompt_tokens: of all of these prompts.
     """
 
     def __init__(self, slo: Slo | None = None, *, window_s: float = 120.0) -> None:
@@ -71,6 +75,8 @@ class Books:
         self.comparison = Comparison(self.slo.ttft_s, self.slo.itl_s)
         self._demands: dict[str, Demand] = {}
         self._hit_share = 0.0
+        self.hit_tokens = 0
+        self.prompt_tokens = 0
 
     def grow(self, slots: int) -> None:
         """Makes room for engines up to this many slots."""
@@ -145,6 +151,8 @@ class Books:
         cached = min(self.cached(prompt).get(reader, 0), max(0, prompt.tokens - 1))
         if prompt.names:
             self.history.sent(reader, prompt.names)
+            self.hit_tokens += cached
+            self.prompt_tokens += prompt.tokens
             self._hit_share += _HIT_SHARE * (cached / max(1, prompt.tokens) - self._hit_share)
         return self.forecast.sent(reader, prompt.tokens - cached, cached, now=now)
 

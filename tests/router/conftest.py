@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 import structlog
 
-from disagg.config import Config, ObserveSection, RouterSection
+from disagg.config import Config, ObserveSection, PolicySection, RouterSection, SloSection
 from disagg.model import Role
 from disagg.observe.log import make_logger
 from disagg.server import Router, router_running
@@ -67,6 +67,8 @@ async def running_rig(
     behave: Behaviour | None = None,
     places: int = 0,
     log: structlog.typing.FilteringBoundLogger | None = None,
+    slo: SloSection | None = None,
+    policy: PolicySection | None = None,
     **settings: Any,
 ) -> AsyncIterator[Rig]:
     log = log or make_logger("error", "text")
@@ -78,7 +80,8 @@ async def running_rig(
             engines[-1].behave = behave or engines[-1].behave
             engines[-1].places = places
         section = RouterSection(http=f"127.0.0.1:{free_port()}", admin=f"127.0.0.1:{free_port()}", **{"probe_interval_s": 0.2, **settings})
-        config = Config(router=section, observe=ObserveSection(log_level="error"))
+        observe = ObserveSection(log_level="error")
+        config = Config(router=section, slo=slo or SloSection(), policy=policy or PolicySection(), observe=observe)
         router = await stack.enter_async_context(router_running(config, [e.address for e in engines], log, canaries=canaries))
         session = await stack.enter_async_context(aiohttp.ClientSession())
         if wait:
