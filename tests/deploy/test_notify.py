@@ -135,7 +135,7 @@ def test_a_socket_that_is_not_there_is_no_error(address: str) -> None:
         ({"WATCHDOG_USEC": "²"}, None),
         ({}, None),
     ],
-    ids=str,
+    ids=["ten seconds", "for this process", "for another process", "0", "no number", "a digit of another kind", "none"],
 )
 def test_the_watchdog_is_fed_twice_as_often_as_it_must(environ: dict[str, str], interval_s: float | None) -> None:
     notifier = Notifier.from_environ({"NOTIFY_SOCKET": "/nowhere", **environ})

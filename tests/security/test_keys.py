@@ -83,6 +83,19 @@ SECRET = make_key().secret
         f'public = "{SECRET}"\nsecret = "{"#" * 40}"'.encode(),
         f'public = "{SECRET}"\nsecret = "{SECRET}'.encode(),
     ],
+    ids=[
+        "empty",
+        "no text",
+        "not toml",
+        "brackets",
+        "brackets as a value",
+        "no public half",
+        "a public half that is a number",
+        "a short secret",
+        "a letter that is none",
+        "a secret that is none",
+        "no end of the string",
+    ],
 )
 def test_a_file_that_holds_no_key_is_one_sentence_without_its_content(text: bytes, tmp_path: Path) -> None:
     write_private(tmp_path / "key", text)
