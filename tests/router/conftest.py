@@ -22,6 +22,16 @@ def log() -> structlog.typing.FilteringBoundLogger:
     return make_logger("error", "text")
 
 
+@pytest.fixture
+def judged_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests in which connections break and no engine dies: nobody waits half a second each time to hear of a death.
+
+    And where there is no other engine, the same one is asked again soon.
+    """
+    monkeypatch.setattr("disagg.router.owner.FATE_S", 0.05)
+    monkeypatch.setattr("disagg.policy.replay.SAME_AGAIN_S", 0.1)
+
+
 class Rig:
     """A router in this process over fake engines, on real sockets."""
 

@@ -75,7 +75,8 @@ async def test_the_pair_that_differs_is_named_and_gets_no_request() -> None:
 async def test_without_a_pair_that_can_be_trusted_no_request_is_taken() -> None:
     """The unified engine tells what is right, and it serves; once it is gone nothing is left."""
     behave = answering(by_decode(0))
-    async with running_rig(Role.PREFILL, Role.DECODE, Role.UNIFIED, canaries=True, behave=behave) as rig:  # type: ignore[arg-type]
+    three = (Role.PREFILL, Role.DECODE, Role.UNIFIED)
+    async with running_rig(*three, canaries=True, behave=behave, queue_timeout_s=1.0) as rig:  # type: ignore[arg-type]
         await tried(rig, 2)
         async with await rig.post(CHAT) as response:
             assert response.headers["x-disagg-decode"] == "unified-0"

@@ -11,6 +11,8 @@ from disagg.router.upstream import frame
 from tests.fake_engine import Call, answer_well, chat_answer, chat_chunk
 from tests.router.conftest import CHAT, Rig
 
+pytestmark = pytest.mark.usefixtures("judged_soon")
+
 LIMIT_S = 20.0
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"

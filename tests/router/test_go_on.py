@@ -25,6 +25,8 @@ from tests.router.function_engine import FunctionEngine
 from tests.router.test_lost import nothing_left
 from tests.router.test_seam import CASES, PURE, VOCABULARY, Heard, body_of, body_with
 
+pytestmark = pytest.mark.usefixtures("judged_soon")
+
 SOON_S = 30.0
 """Much longer than it takes on a busy machine."""
 PAIR = (Role.PREFILL, Role.DECODE)

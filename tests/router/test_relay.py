@@ -236,6 +236,7 @@ async def test_decode_refuses_while_prefill_waits(rig: Rig) -> None:
     assert rig.prefill.aborted[0] == rig.prefill.calls[0].rids[0]
 
 
+@pytest.mark.usefixtures("judged_soon")
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
 async def test_an_engine_that_dies_each_time_before_the_first_token_is_an_error_after_three_attempts(role: Role, stream: bool) -> None:
@@ -306,6 +307,7 @@ async def garbage_in_the_middle(call: Call) -> None:
     await asyncio.Event().wait()
 
 
+@pytest.mark.usefixtures("judged_soon")
 @pytest.mark.parametrize("behaviour", [cut_in_the_middle, end_early, error_in_the_middle, garbage_in_the_middle])
 async def test_a_broken_stream_ends_with_an_error_event_and_never_with_done(rig: Rig, behaviour: Any) -> None:
     rig.decode.behave = behaviour
@@ -481,17 +483,18 @@ async def test_an_engine_that_refuses_connections_is_passed_over() -> None:
         await until(lambda: rig.state("decode-0") in {"suspect", "dead"})
 
 
-async def test_an_engine_that_comes_back_is_used_again(rig: Rig) -> None:
-    port = rig.decode.port
-    await rig.decode.stop()
-    await until(lambda: rig.state("decode-0") == "dead")
-    async with await rig.post(CHAT) as response:
-        assert response.status == 503
-        assert int(response.headers["Retry-After"]) >= 1
-    await rig.decode.start(port)
-    await until(lambda: rig.state("decode-0") == "ready")
-    async with await rig.post(CHAT) as response:
-        assert response.status == 200
+async def test_an_engine_that_comes_back_is_used_again() -> None:
+    async with running_rig(Role.PREFILL, Role.DECODE, queue_timeout_s=1.0) as rig:
+        port = rig.decode.port
+        await rig.decode.stop()
+        await until(lambda: rig.state("decode-0") == "dead")
+        async with await rig.post(CHAT) as response:
+            assert response.status == 503
+            assert int(response.headers["Retry-After"]) >= 1
+        await rig.decode.start(port)
+        await until(lambda: rig.state("decode-0") == "ready")
+        async with await rig.post(CHAT) as response:
+            assert response.status == 200
 
 
 # --- samples and logprobs
