@@ -50,6 +50,7 @@ def test_a_signal_ends_the_cluster_cleanly(number: signal.Signals) -> None:
         assert "Traceback" not in cluster.log.read_text()
 
 
+@pytest.mark.slow
 def test_the_start_says_what_listens_where() -> None:
     with running_cluster("--prefill", "2", "--decode", "1", "--unified", "1") as cluster:
         wait_for(lambda: "Ready in" in cluster.log.read_text())
@@ -61,6 +62,7 @@ def test_the_start_says_what_listens_where() -> None:
             assert engine["state"] == "ready"
 
 
+@pytest.mark.slow
 def test_engines_do_not_outlive_a_killed_cluster() -> None:
     with running_cluster() as cluster:
         pids = [e["pid"] for e in cluster.engines()]
@@ -69,8 +71,9 @@ def test_engines_do_not_outlive_a_killed_cluster() -> None:
         wait_gone(pids)
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once_although_a_request_runs() -> None:
-    with running_cluster("--engine-arg=--paced", "--engine-arg=1000,0;1000,0", "--drain-timeout-s", "60") as cluster:
+    with running_cluster("--engine-arg=--paced", "--engine-arg=200,0;200,0", "--drain-timeout-s", "60") as cluster:
         pids = [e["pid"] for e in cluster.engines()]
         body = b'{"model":"demo","messages":[{"role":"user","content":"hi"}],"max_tokens":500,"ignore_eos":true,"stream":true}'
         with socket.create_connection(("127.0.0.1", int(cluster.url.rpartition(":")[2]))) as connection:
@@ -106,6 +109,7 @@ def test_a_missing_model_folder_is_one_line_that_names_it() -> None:
     assert "/nonexistent/model" in line
 
 
+@pytest.mark.slow
 def test_a_dead_engine_is_shown_as_dead_and_started_again() -> None:
     with running_cluster() as cluster:
         decode = cluster.engine("decode")
@@ -117,6 +121,7 @@ def test_a_dead_engine_is_shown_as_dead_and_started_again() -> None:
         assert cluster.engine("decode")["pid"] != decode["pid"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lines",
     ['[security]\nkey_file = "{folder}/own.key"', '[engine]\nattach = "http://127.0.0.1:9"', '[engine]\nsupervise = "systemd"'],

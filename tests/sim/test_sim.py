@@ -26,7 +26,7 @@ def faults() -> tuple[str, ...]:
     return tuple(kind.name for kind in KINDS if kind.name not in KNOWN)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", [*SEEDS[:2], *(pytest.param(seed, marks=pytest.mark.slow) for seed in SEEDS[2:])])
 def test_nothing_goes_wrong_in_a_simulated_minute(seed: int) -> None:
     result = simulate(Plan(seed, faults=faults()))
     assert result.found == [], f"faults {result.faults}; replay with ./scripts/simulate --seed {seed} --minutes 1 --trace"
@@ -44,6 +44,7 @@ def test_a_seed_replays_identically() -> None:
     assert first.trace == second.trace != other.trace
 
 
+@pytest.mark.slow
 def test_a_seed_replays_identically_in_another_process() -> None:
     """Hashes of strings and addresses of objects are others there."""
     program = "from tests.sim.world import Plan, simulate; print(simulate(Plan(5, load_s=20.0, gap_s=3.0)).trace)"
