@@ -40,6 +40,7 @@ async def answered(request: Any) -> tuple[Answer | None, float]:
         return None, time.monotonic()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("role", "fault"),
     [
@@ -133,6 +134,7 @@ async def abort_both(client: Client, trio: Trio, rid: str) -> None:
         assert (await client.post(engine, "/abort_request", {"rid": rid})).status == 200
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("phase", ["bootstrap", "receiving", "prefilling", "transferring", "decoding", "unified"])
 async def test_an_abort_by_rid_frees_in_every_phase(client: Client, trio: Trio, phase: str) -> None:
     faults = {"prefilling": "slow:x4", "transferring": "stall@transfer:0"}.get(phase, "none")
@@ -163,6 +165,7 @@ async def test_an_abort_by_rid_frees_in_every_phase(client: Client, trio: Trio, 
         assert last.json["meta_info"]["finish_reason"]["type"] == "abort"
 
 
+@pytest.mark.alone
 async def test_an_abort_of_all_ends_every_running_request(client: Client, trio: Trio) -> None:
     for engine in trio:
         await client.faults(engine, "slow:x4")

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from disagg.engines.embedded.checkpoint import Checkpoint
     from disagg.engines.embedded.engine import Engine
 
+pytestmark = pytest.mark.alone
+
 NEW = 16
 
 

@@ -337,6 +337,7 @@ async def test_tokenize_gives_the_prompt_of_a_chat(client: Client, trio: Trio) -
     assert several["count"] == [len(one) for one in several["tokens"]]
 
 
+@pytest.mark.alone
 async def test_a_client_that_leaves_frees_its_pages(client: Client, trio: Trio) -> None:
     await client.faults(trio.unified, "slow:x20")
     try:
