@@ -175,6 +175,7 @@ def test_the_line_is_learnt_whether_prompts_wait_or_not_and_however_many_share_a
 def test_first_tokens_of_one_pass_that_were_taken_for_several_would_bend_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("disagg.policy.forecast.TOGETHER_S", 0.0)
     monkeypatch.setattr("disagg.policy.forecast.TOGETHER_SHARE", 0.0)
+    monkeypatch.setattr("disagg.policy.forecast.TOO_SOON", 0.0)
     with pytest.raises(AssertionError):
         test_the_line_is_learnt_whether_prompts_wait_or_not_and_however_many_share_a_pass(GPU, 1.1, 4)
 

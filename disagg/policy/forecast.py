@@ -5,7 +5,8 @@ what the router sees anyway.
 
 * **Passes.** An engine reads prompts one after the other, in the order in which they came. So while it always has one to read, the time
   between two first tokens is what the second prompt cost it, however long that had waited; a prompt that found it idle cost the time since
-  it was sent. First tokens that come close together came out of one pass, and count as one sample of all their prompts. What nobody can
+  it was sent. First tokens that come close together, or sooner than their prompts can have been read, came out of one pass, and
+  count as one sample of all their prompts. What nobody can
   know is no sample: the time in which the first of the queue was aborted (the engine may have gone on with it), a first token that
   overtook that of an earlier prompt (whose KV is on its way, or which was put off), and the late one itself.
 * **Pairs.** What travels (the prompt, the KV of its last chunk, the first token) is in the time of a prompt that found its engine idle. In
@@ -49,6 +50,10 @@ TOGETHER_MOST = 0.25
 TOGETHER_MOST_S = 0.02
 """First tokens that come within this time of each other, or this share of the pass, come out of one pass. But not where that is more than a
 quarter of it, or so many seconds: those are short passes that follow each other, or a long one."""
+TOO_SOON = 0.5
+TOGETHER_LIMIT = 8
+"""So do first tokens that come in less than this share of what their own prompts should have kept the engine busy for: their KV left it
+together and arrived one after the other. But not more than so many: the engine may have become faster."""
 LINK_SAMPLES = 9
 """The newest ones of a link; the middle one counts."""
 LINK_S = 600.0
@@ -97,7 +102,7 @@ class _Pass:
         waited: the first of them was there before the pass before this one began: nothing but the engine took the time.
     """
 
-    __slots__ = ("at", "before", "clear", "link", "new", "seconds", "square", "waited")
+    __slots__ = ("at", "before", "clear", "count", "link", "new", "seconds", "square", "waited")
 
     def __init__(self, seconds: float, at: float, before: list[Reading], *, clear: bool) -> None:
         self.seconds = seconds
@@ -106,6 +111,7 @@ class _Pass:
         self.clear = clear
         self.link: tuple[int, _Travel] | None = None
         self.waited = False
+        self.count = 0
         self.new = 0
         self.square = 0
 
@@ -115,6 +121,7 @@ class _Pass:
         return abs(now - self.at) <= limit
 
     def add(self, reading: Reading) -> None:
+        self.count += 1
         self.new += reading.new
         self.square += square(reading.cached, reading.new)
 
@@ -234,6 +241,7 @@ class Forecast:
         "_answers",
         "_backlog",
         "_began",
+        "_carried",
         "_busy",
         "_kv",
         "_links",
@@ -268,6 +276,7 @@ class Forecast:
         self._answer = ANSWER_TOKENS
         self._answers = 0
         self._prompt = 0.0
+        self._carried = 0.0  # tokens of an answer times those of its KV while it is written, a moving average
         self._turn = 0
 
     # --- engines
@@ -351,7 +360,9 @@ class Forecast:
             return
         self._leave(reading)
         last = self._pass[slot]
-        if last is not None and last.holds(now):
+        if last is not None and (last.holds(now) or self._is_too_soon(last, reading, now)):
+            if not last.holds(now):
+                last.seconds += now - max(self._since[slot], reading.sent_at)
             last.add(reading)
             last.at = self._since[slot] = now
             last.link = None
@@ -368,6 +379,11 @@ class Forecast:
         self._pass[slot] = one
         self._since[slot] = max(done_at, reading.sent_at)
         self._murky[slot] = False
+
+    def _is_too_soon(self, last: _Pass, reading: Reading, now: float) -> bool:
+        """Whether it cannot have been read since the first token before it, and came out of that one's pass."""
+        took = now - max(self._since[reading.slot], reading.sent_at)
+        return reading.sent_at < last.at and took < TOO_SOON * reading.busy_s and last.count < TOGETHER_LIMIT
 
     def left(self, reading: Reading, *, now: float) -> None:
         """Nobody waits for its first token any more."""
@@ -477,10 +493,28 @@ class Forecast:
         self._writing[slot] -= 1
         self._kv[slot] -= kv_tokens
 
-    def answered(self, tokens: int) -> None:
-        """An answer has come to its end."""
+    def answered(self, tokens: int, prompt: int = 0) -> None:
+        """An answer of so many tokens has come to its end.
+
+        Args:
+            tokens: of the answer.
+            prompt: of its prompt; 0 if unknown.
+        """
         self._answers += 1
-        self._answer += max(_ANSWER_SHARE, 1 / self._answers) * (tokens - self._answer)
+        before, share = self._answer, max(_ANSWER_SHARE, 1 / self._answers)
+        self._answer += share * (tokens - before)
+        if prompt:
+            carried = self._carried or before * (self._prompt + before / 2)
+            self._carried = carried + share * (tokens * (prompt + tokens / 2) - carried)
+
+    @property
+    def context_tokens(self) -> float:
+        """The KV of an answer while it is written, tokens.
+
+        A mean over steps, and long answers have more of them: where some requests have long prompts and others long answers, the mean
+        prompt and half the mean answer is far from it.
+        """
+        return self._carried / self._answer if self._carried and self._answer else self._prompt + self._answer / 2
 
     def stepped(self, slot: int, seconds: float, *, now: float) -> None:
         """A stream of this engine made a step."""
@@ -516,18 +550,18 @@ class Forecast:
             kv_tokens: the KV that it has room for, 0 if unknown.
             most: requests that it takes, 0 if unknown.
         """
-        context = self._prompt + self._answer / 2
+        context = self.context_tokens
         a, b, c = self._steps[slot].latest or STEPS
         each = b + c * context
         batch = (limit_s - a) / each if each > 0.0 else float(BATCH_LIMIT)
         if kv_tokens > 0:
-            batch = min(batch, kv_tokens / (self._prompt + self._answer))
+            batch = min(batch, kv_tokens / (context + self._answer / 2))
         return max(1, min(int(batch), most or BATCH_LIMIT, BATCH_LIMIT))
 
     def write_s(self, slot: int, *, limit_s: float, kv_tokens: int = 0, most: int = 0) -> float:
         """What an answer costs an engine that is as busy as it may be: its share of the steps, seconds. Arguments as for `best_batch`."""
         batch = self.best_batch(slot, limit_s=limit_s, kv_tokens=kv_tokens, most=most)
-        context = self._prompt + self._answer / 2
+        context = self.context_tokens
         return self._answer * self.step_s(slot, batch, int(batch * context)) / batch
 
     # --- upkeep
