@@ -136,8 +136,8 @@ def test_one_move_at_a_time_and_not_soon_after_the_last() -> None:
     balance.began(now=900.0)
     assert "a move is under way" in decided(balance, HEAVY).reason
     balance.ended(now=1100.0, done=True)
-    assert "the last move was too short a time ago: 970 s more" in decided(balance, HEAVY, at=1110.0).reason, "it took 200 s"
-    assert decided(balance, HEAVY, at=2110.0).move is Move.TO_PREFILL
+    assert "the last move was too short a time ago: 170 s more" in decided(balance, HEAVY, at=1110.0).reason, "it took 200 s"
+    assert decided(balance, HEAVY, at=1310.0).move is Move.TO_PREFILL
 
 
 def test_a_quick_move_is_followed_by_the_ordinary_cooldown() -> None:
@@ -215,6 +215,50 @@ def test_a_clock_that_jumps_back_invents_no_demand() -> None:
     assert demand.offered(100.0) == pytest.approx((2.0, 3.0), rel=0.05)
 
 
+def demanded(load: Callable[[float], float], until: float) -> Demand:
+    """Ten arrivals a second, decode half as much as prefill."""
+    demand = Demand(120.0)
+    for number in range(int(until * 10)):
+        at = number / 10
+        demand.arrived(load(at) / 10, load(at) / 20, now=at)
+    return demand
+
+
+@pytest.mark.parametrize("slope", [0.004, -0.004, 0.0])
+def test_what_changes_steadily_is_expected_to_go_on(slope: float) -> None:
+    demand = demanded(lambda at: 4.0 + slope * at, 700.0)
+    assert demand.trend(700.0) == pytest.approx((slope, slope / 2), rel=0.02, abs=1e-9)
+    assert demand.offered(700.0)[0] == pytest.approx(4.0 + slope * 580, rel=0.02), "the mean is one window late"
+    assert demand.expected(700.0, 60.0) == pytest.approx((4.0 + slope * 760, 2.0 + slope * 380), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda at: 4.0 if at < 600 else 7.0,
+        lambda at: 20.0 if 640 <= at < 650 else 2.0,
+        lambda at: 20.0 if at % 300 < 10 else 2.0,
+        lambda at: 4.0 + 2.0 * math.sin(2 * math.pi * at / 300.0),
+        lambda at: 4.0 + 2.0 * math.sin(2 * math.pi * at / 100.0),
+    ],
+    ids=["step", "burst", "bursts", "sine of 300 s", "sine of 100 s"],
+)
+def test_what_does_not_is_expected_to_be_as_it_was(load: Callable[[float], float]) -> None:
+    for until in range(600, 1000, 17):
+        demand = demanded(load, until)
+        assert demand.trend(until) == pytest.approx((0.0, 0.0), abs=1e-3)
+
+
+def test_nothing_is_expected_of_a_load_that_is_younger_than_a_trend() -> None:
+    demand = demanded(lambda at: at / 100, 290.0)
+    assert demand.trend(290.0) == (0.0, 0.0)
+    assert demand.expected(290.0, 60.0) == demand.offered(290.0)
+
+
+def test_what_falls_is_never_expected_to_be_less_than_nothing() -> None:
+    assert demanded(lambda at: max(0.0, 4.0 - at / 150), 590.0).expected(590.0, 600.0) == (0.0, 0.0)
+
+
 # --- all of it, in a fluid model
 
 
@@ -258,7 +302,7 @@ class Fluid:
         situation = Situation(
             prefill,
             decode,
-            self.demand.offered(self.now),
+            self.demand.expected(self.now, self.drain_s),
             self.demand.watched_s(self.now),
             prompt_s=0.3,
             late_s=self.waiting[0] / max(1, prefill),

@@ -1,9 +1,9 @@
 """How many engines should read prompts and how many write answers, and whether to move one now. Pure.
 
 Theory of operation. A fixed number of engines is shared between two pools. What is offered to each is measured in *engine-seconds per
-second* (`Demand`): how many engines it would keep busy. The *pressure* of a pool is that, by its engines, by what an engine may be loaded
-with (`RHO`): over 1, its queue is about to grow. The wanted ratio is the one whose greater pressure is least; one engine at a time is moved
-towards it, and only when all of this holds:
+second* (`Demand`): how many engines it would keep busy, as it will be when a move is done. The *pressure* of a pool is that, by its
+engines, by what an engine may be loaded with (`RHO`): over 1, its queue is about to grow. The wanted ratio is the one whose greater
+pressure is least; one engine at a time is moved towards it, and only when all of this holds:
 
 1. the greater pressure drops by `GAIN` or more;
 2. the pool that gives stays under `DONOR_LIMIT` with one engine less: else the next decision would take it back;
@@ -11,8 +11,8 @@ towards it, and only when all of this holds:
    of 12.8 times its mean over 10 s), drifts of minutes are for flips;
 4. the wait that it averts within `horizon_s` is more than it costs: the engine serves nobody while it drains and switches, and its prefix
    cache is gone. A decode engine has answers to finish, so that taking one must pay twice (`DECODE_TIMES`);
-5. no move is under way, the last one was long enough ago (`cooldown_s`, or five times what it took), nobody moved one by hand lately, and
-   the load was watched for long enough.
+5. no move is under way, the last one was long enough ago (`cooldown_s`, or as long as it took: an engine that drains still works, so a
+   long drain is no reason to wait for much longer), nobody moved one by hand lately, and the load was watched for long enough.
 
 When prompts wait for twice as long as they may, or KV is nearly full while requests wait, and that has become worse since the last decision
 and the one before, (3) is skipped. A burst that is over has stopped to make it worse. When both pools are over their limit no flip helps:
@@ -25,7 +25,11 @@ planner adds replicas every 180 s; its check of the pool that gives is where (2)
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Sequence
 from enum import StrEnum
+from itertools import pairwise
+from statistics import median
 
 import msgspec
 
@@ -41,6 +45,10 @@ WATCHED_TIMES = 2.0
 """The load is watched for so many windows before anything is moved: what is younger may be one burst."""
 KV_LIMIT = 0.95
 LATE_TIMES = 2.0
+SPANS = 4
+SPAN_SHARE = 0.625
+PARTS = 5
+"""A trend is looked for in so many spans of time, of this share of a window each; they move on by a part of one."""
 HISTORY_LIMIT = 64
 
 
@@ -73,10 +81,11 @@ class Demand:
         window_s: its time constant.
     """
 
-    __slots__ = ("_at", "_began_at", "_rates", "_window_s")
+    __slots__ = ("_at", "_began_at", "_parts", "_rates", "_window_s")
 
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
+        self._parts: deque[list[float]] = deque(maxlen=SPANS * PARTS + 1)  # number of the part, then engine-seconds; the last is not over
         self._rates = [0.0, 0.0]
         self._at = -math.inf
         self._began_at = math.inf
@@ -87,12 +96,46 @@ class Demand:
         self._fade(now)
         self._rates[0] += prefill_s / self._window_s
         self._rates[1] += decode_s / self._window_s
+        number = now // self._part_s
+        if not self._parts or self._parts[-1][0] < number:
+            self._parts.append([number, 0.0, 0.0])
+        self._parts[-1][1] += prefill_s
+        self._parts[-1][2] += decode_s
 
     def offered(self, now: float) -> tuple[float, float]:
         """Engine-seconds per second of prefill and of decode; 0 before anything came. What is too young to be a mean is scaled up."""
         self._fade(now)
         known = 1.0 - math.exp(-max(0.0, now - self._began_at) / self._window_s) if self._began_at <= now else 0.0
         return (self._rates[0] / known, self._rates[1] / known) if known > 0.0 else (0.0, 0.0)
+
+    @property
+    def _part_s(self) -> float:
+        return self._window_s * SPAN_SHARE / PARTS
+
+    def trend(self, now: float) -> tuple[float, float]:
+        """How fast that changes, engine-seconds per second, each second; 0 where it does not change steadily.
+
+        The mean over each of the last `SPANS` spans is compared with the one before. Only if all of them rose, or all of them fell, there
+        is a trend, and it is the middle one of these differences: a burst or a step makes one of them large, and a sine that is faster than
+        all spans together turns between them.
+        """
+        newest = now // self._part_s - 1.0  # the last that is over
+        if self._began_at > (newest + 1.0 - SPANS * PARTS) * self._part_s:
+            return 0.0, 0.0
+        sums = [[0.0, 0.0] for _ in range(SPANS)]
+        for number, prefill_s, decode_s in self._parts:
+            age = int((newest - number) // PARTS)
+            if 0 <= age < SPANS and number <= newest:
+                sums[age][0] += prefill_s
+                sums[age][1] += decode_s
+        span_s = self._part_s * PARTS
+        p, d = (_steady([(new[i] - old[i]) / span_s**2 for new, old in pairwise(sums)]) for i in range(2))
+        return p, d
+
+    def expected(self, now: float, ahead_s: float) -> tuple[float, float]:
+        """What will be offered so much later, if it goes on as it does: the mean is what was offered one window ago."""
+        (p, d), (up, down) = self.offered(now), self.trend(now)
+        return max(0.0, p + up * (self._window_s + ahead_s)), max(0.0, d + down * (self._window_s + ahead_s))
 
     def watched_s(self, now: float) -> float:
         """Since the first arrival."""
@@ -103,6 +146,11 @@ class Demand:
             share = math.exp(-(now - self._at) / self._window_s) if self._at > -math.inf else 0.0
             self._rates = [rate * share for rate in self._rates]
             self._at = now
+
+
+def _steady(differences: Sequence[float]) -> float:
+    """The middle one of them if all have one direction, else 0."""
+    return median(differences) if min(differences) > 0.0 or max(differences) < 0.0 else 0.0
 
 
 class Situation(msgspec.Struct, frozen=True):
@@ -308,7 +356,7 @@ class Balance:
         unknown_s = WATCHED_TIMES * self.pace.window_s - situation.watched_s
         if unknown_s > 0:
             return f"the load was watched for {situation.watched_s:.0f} s only, and for {unknown_s:.0f} s more it may be anything"
-        left_s = self._ended_at + max(self.pace.cooldown_s, 5 * self._took_s) - now
+        left_s = self._ended_at + max(self.pace.cooldown_s, self._took_s) - now
         return f"the last move was too short a time ago: {left_s:.0f} s more" if left_s > 0 else ""
 
     def _not_worth_it(
