@@ -23,6 +23,8 @@ CACHE_TOKENS = 1 << 20
 """What an engine is taken to hold that does not say how much it has room for."""
 LONGEST_TOKENS = 1 << 17
 _HIT_SHARE = 0.02
+ITL_SHARE = 0.85
+"""Of the pause that was promised, what steps may take on average: they wander, and one that is too long is so for all in its batch."""
 MODELS_LIMIT = 64
 """Of so many models the demand is kept; names that clients make up are none of them."""
 
@@ -184,7 +186,20 @@ class Books:
     def write_s(self, decode: EngineView) -> float:
         """What an answer costs this engine when it is as busy as it may be, seconds."""
         total, most = decode.load.kv_total_tokens, decode.facts.max_running
-        return self.forecast.write_s(decode.slot, limit_s=self.slo.itl_s, kv_tokens=total, most=most)
+        return self.forecast.write_s(decode.slot, limit_s=ITL_SHARE * self.slo.itl_s, kv_tokens=total, most=most)
+
+    def writers_busy(self, decode: Sequence[EngineView]) -> float:
+        """How many decode engines the answers need that are being written now.
+
+        What came says how many are needed by the mean of the answers that have ended. When answers become longer, and the more so when
+        engines are too slow for them already, the long ones end late: those that have not ended yet are seen here.
+        """
+        limit_s, needed = ITL_SHARE * self.slo.itl_s, 0.0
+        for view in decode:
+            total, most = view.load.kv_total_tokens, view.facts.max_running
+            writing = self.forecast.writing(view.slot)
+            needed += writing / self.forecast.best_batch(view.slot, limit_s=limit_s, kv_tokens=total, most=most)
+        return needed
 
     def demand(self, model: str) -> Demand | None:
         """What is asked of the pools of a model; None where nobody asked."""
