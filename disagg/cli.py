@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -21,7 +21,7 @@ from disagg import __version__
 from disagg.config import Config, Setting, default_toml, is_repeatable, parse_config, settings
 from disagg.deploy.systemd import CONFIG_FILE as SYSTEM_CONFIG_FILE
 from disagg.deploy.systemd import USER, Site, unit_files
-from disagg.errors import ConfigError, DisaggError, InstallError
+from disagg.errors import ConfigError, DisaggError, InstallError, TraceError
 from disagg.model import Role
 
 CONFIG_FILE = "disagg.toml"
@@ -413,6 +413,132 @@ def kv_reap(
 
     which = f"?engine={ask.quoted(engine)}" if engine else ""
     _say(ask.post(admin, f"/admin/kv/reap{which}", {"cause": cause})["will"])
+
+
+class ReplayPlacement(StrEnum):
+    """How a replay chooses engines, see `disagg.plan.dispatch.Placement`."""
+
+    CACHE = "cache"
+    PERFECT = "perfect"
+    LOAD = "load"
+    COUNT = "count"
+    RANDOM = "random"
+
+
+class ReplayFlips(StrEnum):
+    """Whether a replay moves engines."""
+
+    AUTO = "auto"
+    OFF = "off"
+
+
+@app.command()
+def replay(
+    trace: Annotated[Path, typer.Argument(help="A trace: Mooncake's JSONL, or Azure's CSV.")],
+    *,
+    prefill: Annotated[int, typer.Option(min=0, max=256, help="Prefill engines.")] = 4,
+    decode: Annotated[int, typer.Option(min=0, max=256, help="Decode engines.")] = 4,
+    unified: Annotated[int, typer.Option(min=0, max=256, help="Unified engines.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of what is random; the same one gives the same answer.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, with a sample every 10 s.")] = False,
+    policy: Annotated[
+        ReplayPlacement, typer.Option(help="cache is what the router does; the others know more or less, for comparison.")
+    ] = ReplayPlacement.CACHE,
+    flips: Annotated[ReplayFlips, typer.Option(help="Move engines between the roles as the router would, or not.")] = ReplayFlips.OFF,
+    refuse: Annotated[bool, typer.Option(help="Refuse at once who would come too late, as the router does.")] = True,
+    rate: Annotated[float, typer.Option(help="So many times as fast as it was recorded.")] = 1.0,
+    minutes: Annotated[float, typer.Option(help="Only so much of it, 0 for all.")] = 0.0,
+    ttft: Annotated[float, typer.Option(help="Objective: seconds to the first token.")] = 10.0,
+    itl: Annotated[float, typer.Option(help="Objective: mean seconds between two tokens of an answer.")] = 0.1,
+    read: Annotated[str, typer.Option(metavar="A,B,C", help="Seconds of a pass: constant, a new token, a token squared.")] = "",
+    step: Annotated[str, typer.Option(metavar="A,B,C", help="Seconds of a decode step: constant, an answer, a token of KV.")] = "",
+    kv_tokens: Annotated[int, typer.Option(min=1, help="Tokens that an engine's KV holds.")] = 3_000_000,
+    kv_bytes: Annotated[int, typer.Option(min=1, help="Bytes of a token's KV.")] = 327_680,
+    bandwidth: Annotated[float, typer.Option(help="Gigabytes a second that leave a prefill engine.")] = 12.5,
+    batch: Annotated[int, typer.Option(min=0, help="Answers that a decode engine writes at once, 0 for no limit.")] = 0,
+) -> None:
+    """Replay a trace in virtual time, through the policies that the router runs: what would clients see, who would be moved?
+
+    Without --read and --step an engine is a 70B model on 8 A100.
+    """
+    if not unified and not (prefill and decode):
+        raise typer.BadParameter("a cluster needs a prefill and a decode engine, or a unified one")
+    for name, value in (("--rate", rate), ("--ttft", ttft), ("--itl", itl), ("--bandwidth", bandwidth)):
+        if not 0.0 < value < float("inf"):
+            raise typer.BadParameter(f"{name} {value:g} is not allowed: it is more than 0")
+    if not 0.0 <= minutes < float("inf"):
+        raise typer.BadParameter(f"--minutes {minutes:g} is not allowed: it is more than 0, or 0 for all")
+    import random  # noqa: PLC0415  # only this command needs these
+
+    import msgspec  # noqa: PLC0415
+
+    from disagg.plan.dispatch import Placement  # noqa: PLC0415
+    from disagg.plan.hardware import Hardware  # noqa: PLC0415
+    from disagg.plan.outcome import told  # noqa: PLC0415
+    from disagg.plan.simulate import Cluster  # noqa: PLC0415
+    from disagg.plan.simulate import replay as simulate  # noqa: PLC0415
+    from disagg.plan.trace import parse_trace  # noqa: PLC0415
+    from disagg.policy.books import Slo  # noqa: PLC0415
+
+    usual = Hardware()
+    hardware = Hardware(
+        read=_line("--read", read) or usual.read,
+        step=_line("--step", step) or usual.step,
+        kv_tokens=kv_tokens,
+        kv_bytes=kv_bytes,
+        bandwidth=bandwidth * 1e9,
+        batch=batch,
+    )
+    try:
+        text = trace.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TraceError(f"{trace} cannot be read: {error}") from error
+    chance = random.Random(seed).random
+    load = parse_trace(text, file=str(trace), chance=chance).scaled(rate)
+    if minutes:
+        load = load.first(minutes * 60)
+    placement, moved = Placement(policy.value), flips is ReplayFlips.AUTO
+    cluster = Cluster(prefill, decode, unified, hardware, Slo(ttft, itl), placement, refuse, moved)
+    with _progress() as progress:
+        outcome = simulate(load, cluster, chance=chance, progress=progress)
+    if as_json:
+        _say(msgspec.json.encode(outcome).decode())
+        return
+    for line in told(outcome, load, cluster):
+        _say(line)
+
+
+def _line(flag: str, text: str) -> tuple[float, ...]:
+    """Three coefficients; none where the flag was not given."""
+    if not text:
+        return ()
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if len(found) != 3 or not all(0.0 <= x < float("inf") for x in found) or not found[0]:
+        raise typer.BadParameter(f"{flag} {text!r} is not allowed: write three numbers like 0.025,1.4e-4,5e-9, the first above 0")
+    return found
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[float], None]]:
+    """Says on standard error how far something is, once a second, where a person looks on."""
+    began = last = time.monotonic()
+    shown = sys.stderr.isatty()
+
+    def say(share: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if shown and now - last >= 1.0:
+            last = now
+            print(f"\r{share:4.0%} after {now - began:.0f} s", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield say
+    finally:
+        if shown and last > began:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 @engine_app.command("run", hidden=True)

@@ -4,6 +4,7 @@ DisaggError                  exit 1, HTTP 500
 ├── ConfigError              exit 78             the file or a flag is wrong; names file, key, value, what is allowed
 ├── InstallError             exit 1              the units could not be installed: not root, a file or a command failed
 ├── StartError               exit 1              this host cannot start: port in use, model folder missing, engine died
+├── TraceError               exit 1              a recorded load cannot be read; names file, line and what is wrong
 ├── RequestError             HTTP 400            the client's fault; never counts against an engine
 │   ├── UnknownModelError    HTTP 404
 │   ├── BodyTooLargeError    HTTP 413
@@ -52,6 +53,10 @@ class InstallError(DisaggError):
 
 class StartError(DisaggError):
     """This process cannot start."""
+
+
+class TraceError(DisaggError):
+    """A recorded load cannot be read or has nothing in it. The sentence names file and line."""
 
 
 class RequestError(DisaggError):
