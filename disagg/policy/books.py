@@ -205,9 +205,9 @@ class Books:
         """What is asked of the pools of a model; None where nobody asked."""
         return self._demands.get(model)
 
-    def answered(self, tokens: int, *, unified: bool, ttft_s: float, itl_s: float) -> None:
-        """A stream ended well, with about so many tokens; the rest as for `Comparison.ended`."""
-        self.forecast.answered(tokens)
+    def answered(self, tokens: int, prompt: int, *, unified: bool, ttft_s: float, itl_s: float) -> None:
+        """A stream ended well, with about so many tokens after a prompt of so many; the rest as for `Comparison.ended`."""
+        self.forecast.answered(tokens, prompt)
         self.comparison.ended(unified=unified, ttft_s=ttft_s, itl_s=itl_s)
 
     # --- prices

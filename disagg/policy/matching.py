@@ -50,11 +50,12 @@ def situation_of(
     """
     prefill, decode = (engines_of(view, model, role, moving) for role in (Role.PREFILL, Role.DECODE))
     demand, forecast = books.demand(model), books.forecast
+    readers_s, writers_s = demand.expected(now, flip_s) if demand is not None else (0.0, 0.0)
     readers = [e for e in prefill if e.id not in moving]
     return Situation(
         prefill=len(prefill),
         decode=len(decode),
-        offered=demand.offered(now) if demand is not None else (0.0, 0.0),
+        offered=(readers_s, max(writers_s, books.writers_busy(decode))),
         watched_s=demand.watched_s(now) if demand is not None else 0.0,
         prompt_s=forecast.busy_s(readers[0].slot, int(forecast.prompt_tokens)) if readers else 0.0,
         late_s=min((forecast.wait_s(e.slot, now=now) for e in readers), default=0.0),

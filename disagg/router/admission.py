@@ -501,7 +501,7 @@ class Admission:
             self.books.ledger.learn(choice.decode.facts.model, body_bytes, int(usage[1]))
             written = _ANSWER_TOKENS.search(answer, max(0, len(answer) - _USAGE_WITHIN))
             if written is not None:
-                self.books.forecast.answered(int(written[1]))
+                self.books.forecast.answered(int(written[1]), int(usage[1]))
 
     # --- what becomes of it
 
