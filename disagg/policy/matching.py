@@ -50,12 +50,11 @@ def situation_of(
     """
     prefill, decode = (engines_of(view, model, role, moving) for role in (Role.PREFILL, Role.DECODE))
     demand, forecast = books.demand(model), books.forecast
-    readers_s, writers_s = demand.expected(now, flip_s) if demand is not None else (0.0, 0.0)
     readers = [e for e in prefill if e.id not in moving]
     return Situation(
         prefill=len(prefill),
         decode=len(decode),
-        offered=(readers_s, max(writers_s, books.writers_busy(decode))),
+        offered=_offered(books, model, decode, flip_s, now),
         watched_s=demand.watched_s(now) if demand is not None else 0.0,
         prompt_s=forecast.busy_s(readers[0].slot, int(forecast.prompt_tokens)) if readers else 0.0,
         late_s=min((forecast.wait_s(e.slot, now=now) for e in readers), default=0.0),
@@ -65,6 +64,13 @@ def situation_of(
         flip_s=flip_s,
         lost_cache_s=min((books.worth_s(e, horizon_s) for e in readers), default=0.0),
     )
+
+
+def _offered(books: Books, model: str, decode: Sequence[EngineView], flip_s: float, now: float) -> tuple[float, float]:
+    """What will be asked of both pools when a move is done; of the decode pool not less than its answers need now."""
+    demand = books.demand(model)
+    prefill_s, decode_s = demand.expected(now, flip_s) if demand is not None else (0.0, 0.0)
+    return prefill_s, max(decode_s, books.writers_busy(decode))
 
 
 def _share(decode: Sequence[EngineView], books: Books) -> float:
