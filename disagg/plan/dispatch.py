@@ -17,9 +17,9 @@ from itertools import pairwise
 import msgspec
 
 from disagg.errors import NoCapacityError
-from disagg.model import Choice, EngineAddress, EngineFacts, EngineId, EngineLoad, EngineState, EngineView, Pool, Role
+from disagg.model import Choice, EngineAddress, EngineFacts, EngineId, EngineLoad, EngineState, EngineView, HostId, Pool, Role
 from disagg.plan.hardware import Hardware, Work
-from disagg.policy.balance import Demand, Pace
+from disagg.policy.balance import Pace
 from disagg.policy.books import Books, Prompt, Slo
 from disagg.policy.forecast import Outlook, Reading
 from disagg.policy.history import BLOCK
@@ -88,7 +88,6 @@ class Dispatch:
         pool: those that get work.
         waiting: requests for which there is no room.
         books: what the router knows.
-        saved: how many requests came a second, and the prefill seconds that caches save of each.
     """
 
     def __init__(
@@ -107,7 +106,15 @@ class Dispatch:
         load = EngineLoad(kv_total_tokens=hardware.kv_tokens)
         facts = EngineFacts(model=MODEL, max_running=hardware.batch)
         self.views = [
-            EngineView(EngineAddress(EngineId(f"engine-{slot}"), role, "", 0), slot, EngineState.READY, facts, load)
+            EngineView(
+                EngineAddress(EngineId(f"engine-{slot}"), role, "", 0),
+                slot,
+                EngineState.READY,
+                facts,
+                load,
+                host=HostId("host"),
+                owned=True,
+            )
             for slot, role in enumerate(roles)
         ]
         self.waiting: deque[Work] = deque()
@@ -115,7 +122,6 @@ class Dispatch:
         self.books.grow(len(roles))
         for slot in range(len(roles)):
             self.books.history.resize(slot, hardware.kv_tokens // block if block else 0)
-        self.saved = Demand(pace.window_s)
         self._hardware = hardware
         self._block = block
         self._placement = placement
@@ -158,10 +164,9 @@ class Dispatch:
         else:
             slot = (self.pool.prefill or self.pool.unified or self.views)[0].slot
             held = max(self._cached(work).values(), default=0)
-        read_s = forecast.pass_s(slot, work.prompt - held, held)
+        read_s = forecast.busy_s(slot, work.prompt - held, held)
         writer = self.views[place.decode] if place is not None else (self.pool.decode or self.pool.unified or self.views)[0]
         self.books.asked(MODEL, read_s, writer, now=now)
-        self.saved.arrived(1.0, max(0.0, forecast.pass_s(slot, work.prompt) - read_s) if held else 0.0, now=now)
         if late is not None:
             raise late
         if place is None:

@@ -1,8 +1,7 @@
 """Who moves engines between the pools in virtual time: the live balance, and how what it decides is carried out. Pure.
 
 An engine that is moved gets no new work, finishes what it has, is nobody's for as long as a switch takes, and comes back in its other role
-with an empty cache. Of the prefill engines the one that is through with its prompts soonest is taken, of the decode engines the one that is
-promised the fewest tokens.
+with an empty cache. Which one it is, and how its pools stand, is said by `disagg.policy.matching`, as in life.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from collections.abc import Callable
 
 import msgspec
 
-from disagg.model import EngineState, EngineView, Role
+from disagg.model import ClusterView, EngineId, EngineState, Role
 from disagg.plan.dispatch import MODEL, Dispatch
-from disagg.plan.hardware import Hardware
-from disagg.policy.balance import Balance, Demand, Move, Situation, Verdict
+from disagg.policy.balance import Balance, Move, Situation, Verdict
+from disagg.policy.matching import mover, situation_of
 
 
 class Flip(msgspec.Struct, frozen=True):
@@ -45,7 +44,7 @@ class Flips:
 
     Args:
         dispatch: the router.
-        hardware: of the engines.
+        switch_s: what a move is expected to take before there was one.
         balance: decides; None for a fixed ratio.
         plan: decides instead of it.
 
@@ -53,13 +52,12 @@ class Flips:
         done: what was moved, in the order of the decisions.
     """
 
-    def __init__(self, dispatch: Dispatch, hardware: Hardware, balance: Balance | None, plan: Plan | None = None) -> None:
+    def __init__(self, dispatch: Dispatch, switch_s: float, balance: Balance | None, plan: Plan | None = None) -> None:
         self._dispatch = dispatch
-        self._hardware = hardware
         self._balance = balance
         self._plan = plan
         self._under_way: dict[int, Flip] = {}
-        self._took_s = hardware.switch_s
+        self._took_s = switch_s
         self.done: list[Flip] = []
         self.verdict: Verdict | None = None
 
@@ -81,28 +79,21 @@ class Flips:
 
     def situation(self, now: float) -> Situation:
         """What the live controller knows of its pools."""
-        dispatch, pool = self._dispatch, self._dispatch.pool
-        demand = dispatch.books.demand(MODEL) or Demand(1.0)
-        readers_s, writers_s = demand.expected(now, self._took_s)
-        writers = [view for view in dispatch.views if view.address.role is Role.DECODE]
-        offered = (readers_s, max(writers_s, dispatch.books.writers_busy(writers)))
-        arrivals, saved_s = dispatch.saved.offered(now)
-        readers = self.count(Role.PREFILL)
-        promised = sum(dispatch.books.ledger.reserved(view.slot) for view in pool.decode)
-        horizon_s = self._balance.pace.horizon_s if self._balance is not None else 0.0
-        return Situation(
-            readers,
-            self.count(Role.DECODE),
-            offered,
-            demand.watched_s(now),
-            prompt_s=offered[0] / arrivals if arrivals else 0.0,
-            late_s=min((dispatch.books.forecast.wait_s(view.slot, now=now) for view in pool.prefill), default=0.0),
-            late_limit_s=dispatch.books.slo.ttft_s,
-            kv_share=promised / (len(pool.decode) * self._hardware.kv_tokens) if pool.decode else 0.0,
-            waiting=len(dispatch.waiting),
+        assert self._balance is not None
+        return situation_of(
+            self._view,
+            MODEL,
+            self._dispatch.books,
+            moving={EngineId(f"engine-{slot}"): flip.role for slot, flip in self._under_way.items()},
+            waiting=len(self._dispatch.waiting),
             flip_s=self._took_s,
-            lost_cache_s=saved_s / max(1, readers) * horizon_s / 2,  # a cache that is filled again is worth as much from then on
+            horizon_s=self._balance.pace.horizon_s,
+            now=now,
         )
+
+    @property
+    def _view(self) -> ClusterView:
+        return ClusterView(tuple(self._dispatch.views))
 
     def decide(self, now: float) -> None:
         """To be asked every `Pace.interval_s`."""
@@ -125,13 +116,9 @@ class Flips:
 
     def _begin(self, role: Role, reason: str, now: float) -> None:
         dispatch = self._dispatch
-
-        def soon(view: EngineView) -> tuple[float, int]:
-            if role is Role.DECODE:
-                return dispatch.books.forecast.wait_s(view.slot, now=now), view.slot
-            return dispatch.books.ledger.reserved(view.slot), view.slot
-
-        view = min(dispatch.pool.prefill if role is Role.DECODE else dispatch.pool.decode, key=soon)
+        giver = Role.PREFILL if role is Role.DECODE else Role.DECODE
+        view = mover(self._view, MODEL, giver, dispatch.books, busy=(), now=now)
+        assert view is not None
         self._under_way[view.slot] = Flip(now, view.slot, role, reason, math.nan)
         dispatch.set(view.slot, view.address.role, EngineState.DRAINING)
 

@@ -177,7 +177,7 @@ class _Run:
             pace=cluster.pace,
         )
         balance = Balance(cluster.pace) if cluster.flips and plan is None else None
-        self.flips = Flips(self.dispatch, hardware, balance, plan)
+        self.flips = Flips(self.dispatch, hardware.switch_s, balance, plan)
         self.events: list[tuple[float, int, Event]] = []
         self.made = 0
         self.left = len(self.works)
