@@ -84,6 +84,8 @@ def draw(out: str, swing: Swing, outcomes: dict[str, Outcome], demand: Callable[
         samples = outcomes[name].samples
         axes[2].plot([s.at / 60 for s in samples], [s.queued for s in samples], color=grey, lw=1)
     axes[2].plot(times, [s.queued for s in auto.samples], color=blue, lw=2)
+    axes[2].set_yscale("symlog", linthresh=10)
+    axes[2].set_ylim(bottom=0)
     axes[2].set_ylabel("prompts waiting")
     axes[2].set_title("The queue, auto in blue, fixed ratios in grey", loc="left", fontsize=10.5)
     middles = [(number + 0.5) * BIN_S / 60 for number in range(int(WHOLE_S / BIN_S))]
