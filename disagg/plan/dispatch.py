@@ -238,7 +238,7 @@ class Dispatch:
     def _refuse_late(self, slot: int, outlook: Outlook) -> None:
         """As the live router does: what the prompt itself takes is its own affair, and a prediction must be one that can be trusted."""
         limit_s = self.books.slo.ttft_s
-        late_s = outlook.first_token_s(slot) - limit_s
+        late_s = outlook.first_token_s(slot) + self.books.forecast.late_s(slot) - limit_s
         if late_s > 0.0 and outlook.wait_s(slot) > limit_s / 2 and not self.books.forecast.doubt(slot):
             raise NoCapacityError(f"its first token would come {late_s:.1f} s too late", reason="late")
 

@@ -58,6 +58,8 @@ LINK_SAMPLES = 9
 """The newest ones of a link; the middle one counts."""
 LINK_S = 600.0
 """A link of which nothing was seen for so long may have been mended since, and nobody would know: it was not used for being slow."""
+_LATE_SHARE = 0.1
+_EARLY_SHARE = 0.02
 _ANSWER_SHARE = 0.02
 ANSWER_TOKENS = 200.0
 """How long answers are taken to be before one has ended."""
@@ -73,16 +75,18 @@ class Reading:
         seconds: what it was expected to take until its first token.
         busy_s: for how much of that the engine was expected to be busy with it.
         sent_at: when it was sent.
+        wait_s: what it was expected to wait before.
         alone: it found the engine idle, as far as that is known.
         overtaken: the first token of a later prompt came before its own, out of another pass.
     """
 
-    __slots__ = ("alone", "busy_s", "cached", "new", "overtaken", "seconds", "sent_at", "slot")
+    __slots__ = ("alone", "busy_s", "cached", "new", "overtaken", "seconds", "sent_at", "slot", "wait_s")
 
     def __init__(self, slot: int, new: int, cached: int, seconds: float, busy_s: float, sent_at: float, *, alone: bool) -> None:
         self.alone = alone
         self.busy_s = busy_s
         self.overtaken = False
+        self.wait_s = 0.0
         self.slot = slot
         self.new = new
         self.cached = cached
@@ -244,6 +248,7 @@ class Forecast:
         "_busy",
         "_carried",
         "_kv",
+        "_late",
         "_links",
         "_murky",
         "_noted",
@@ -264,6 +269,7 @@ class Forecast:
         self._queue: list[dict[Reading, None]] = []
         self._began: list[float] = []  # when the last pass did, as far as that can be known
         self._busy: list[Fit] = []  # lines of what keeps the engine busy
+        self._late: list[float] = []
         self._backlog: list[float] = []  # seconds, of all in the queue
         self._since: list[float] = []  # when the engine began with the first of its queue, as far as that can be known
         self._murky: list[bool] = []  # since then it may have done what nobody knows of
@@ -291,6 +297,7 @@ class Forecast:
             self._backlog.append(0.0)
             self._began.append(-math.inf)
             self._busy.append(Fit(2))
+            self._late.append(0.0)
             self._since.append(-math.inf)
             self._murky.append(False)
             self._links.append({})
@@ -312,6 +319,7 @@ class Forecast:
             for fits, line, points in ((self._reads, READS, _READ_POINTS), (self._steps, STEPS, _STEP_POINTS)):
                 fits[slot] = self._new(fits[:slot] + fits[slot + 1 :], line, points)
             self._busy[slot] = Fit(2)
+            self._late[slot] = 0.0
             self._pass[slot] = None
             self._links[slot] = {}
             for prefill, links in enumerate(self._links):
@@ -332,6 +340,7 @@ class Forecast:
         queue = self._queue[slot]
         alone = not queue and not self._murky[slot]
         reading = Reading(slot, new, cached, self.pass_s(slot, new, cached), self.busy_s(slot, new, cached), now, alone=alone)
+        reading.wait_s = self.wait_s(slot, now=now)
         if not queue:
             self._since[slot] = now
             self._backlog[slot] = 0.0  # what summing up has left of rounding
@@ -349,6 +358,10 @@ class Forecast:
             now: when.
         """
         slot = reading.slot
+        if not reading.alone:
+            late_s = now - reading.sent_at - reading.wait_s - reading.seconds
+            known = self._late[slot]
+            self._late[slot] += (_LATE_SHARE if late_s > known else _EARLY_SHARE) * (late_s - known)
         travel = None
         if decode is not None and reading.alone and reading.new > 0:
             travel = decode, _Travel(now - reading.sent_at, reading.seconds, reading.new, reading.cached)
@@ -476,6 +489,14 @@ class Forecast:
         """Seconds that a prompt of so many tokens, cached ones with them, takes longer than over the fastest link of its reader."""
         link = self._links[prefill].get(decode)
         return 0.0 if link is None else link.late * tokens
+
+    def late_s(self, slot: int) -> float:
+        """Seconds by which nearly all prompts that had to wait for this engine came no later than foretold; never below 0.
+
+        A moving average in which what came later counts five times (an expectile; Newey and Powell, 1987). Where nobody is let in who
+        would come too late, those who just may are the most: what is foretold too short by little is too late for all of them.
+        """
+        return max(0.0, self._late[slot])
 
     def first_token_s(self, slot: int, new: int, cached: int = 0, *, now: float) -> float:
         """Seconds until the first token of a prompt that would be sent now."""

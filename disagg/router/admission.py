@@ -392,7 +392,8 @@ class Admission:
         limit_s = books.slo.ttft_s * _patience(wanting.priority)
         if wait_s <= limit_s / 2 or books.forecast.doubt(reader):
             return
-        late_s = books.outlook(_prompt(wanting, tokens), now=now).first_token_s(reader) - limit_s
+        soon_s = books.outlook(_prompt(wanting, tokens), now=now).first_token_s(reader)
+        late_s = soon_s + books.forecast.late_s(reader) - limit_s
         if late_s <= 0.0 or wanting.was_let_in:
             return
         self._count_refused(wanting)
