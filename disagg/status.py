@@ -43,7 +43,7 @@ def _ratio(row: Mapping[str, Any]) -> str:
     """How the pools of a model stand, and why engines are moved or not."""
     shares = zip(("prefill", "decode"), row["offered"], row["pressures"], strict=True)
     asked = ", ".join(
-        f"{offered:.2g} {role} engines" + (f" ({p:.0%} of what they may do)" if p is not None else "") for role, offered, p in shares
+        f"{offered:.2f} {role} engines" + (f" ({p:.0%} of what they may do)" if p is not None else "") for role, offered, p in shares
     )
     here, wanted = f"{row['prefill']}P:{row['decode']}D", f"{row['wanted'][0]}P:{row['wanted'][1]}D"
     lines = [

@@ -26,6 +26,8 @@ from disagg.policy.balance import (
     wanted_ratio,
 )
 
+SOME_MOVE = Verdict(Move.TO_PREFILL, (3, 1), "of what was decided")
+
 HEAVY = Situation(2, 6, (2.5, 2.5), prompt_s=0.3)
 """Too few engines read: the best would be four and four."""
 
@@ -133,7 +135,7 @@ def test_who_waits_far_too_long_is_helped_at_once() -> None:
 
 def test_one_move_at_a_time_and_not_soon_after_the_last() -> None:
     balance = Balance()
-    balance.began(now=900.0)
+    balance.began(SOME_MOVE, now=900.0)
     assert "a move is under way" in decided(balance, HEAVY).reason
     balance.ended(now=1100.0, done=True)
     assert "the last move was too short a time ago: 170 s more" in decided(balance, HEAVY, at=1110.0).reason, "it took 200 s"
@@ -142,11 +144,11 @@ def test_one_move_at_a_time_and_not_soon_after_the_last() -> None:
 
 def test_a_quick_move_is_followed_by_the_ordinary_cooldown() -> None:
     balance = Balance()
-    balance.began(now=1000.0)
+    balance.began(SOME_MOVE, now=1000.0)
     balance.ended(now=1002.0, done=False)
     assert decided(balance, HEAVY, at=1012.0).move is Move.STAY
     assert decided(balance, HEAVY, at=1062.0).move is Move.TO_PREFILL
-    assert balance.history[0] == (1002.0, "a move failed in 2.0 s")
+    assert balance.history[1] == (1002.0, "a move failed in 2.0 s")
 
 
 def test_what_was_moved_by_hand_is_respected_for_a_while() -> None:
@@ -177,14 +179,30 @@ def test_a_decode_engine_must_pay_twice() -> None:
 
 @pytest.mark.parametrize(("engines", "move"), [((0, 3), Move.TO_PREFILL), ((3, 0), Move.TO_DECODE)])
 def test_a_pool_that_lost_its_last_engine_gets_one_at_once(engines: tuple[int, int], move: Move) -> None:
-    balance = Balance()
-    balance.ordered(now=999.0)
-    balance.began(now=999.0)
+    balance, lost = Balance(), Role.PREFILL if move is Move.TO_PREFILL else Role.DECODE
+    balance.began(SOME_MOVE, now=999.0)
     balance.ended(now=999.5, done=True)
-    verdict = balance.decide(Situation(*engines, (0.0, 0.0)), now=1000.0)
+    assert balance.decide(Situation(*engines, (0.0, 0.0)), now=1000.0).move is Move.STAY, "it was not lost: perhaps it was never there"
+    verdict = balance.decide(Situation(*engines, (0.0, 0.0), lost=lost), now=1000.0)
     assert verdict.move is move
-    balance.began(now=1000.0)
-    assert balance.decide(Situation(*engines, (0.0, 0.0)), now=1010.0).move is Move.STAY, "one is on its way"
+    balance.began(verdict, now=1000.0)
+    assert balance.decide(Situation(*engines, (0.0, 0.0), lost=lost), now=1010.0).move is Move.STAY, "one is on its way"
+
+
+def test_who_moved_the_last_engine_away_by_hand_is_not_corrected() -> None:
+    balance = Balance()
+    balance.ordered(now=1000.0)
+    situation = Situation(0, 3, (0.0, 0.0), lost=Role.PREFILL)
+    assert balance.decide(situation, now=1010.0).move is Move.STAY
+    assert balance.decide(situation, now=1001.0 + balance.pace.hand_s).move is Move.TO_PREFILL
+
+
+def test_engines_are_not_moved_by_what_was_never_measured() -> None:
+    balance = Balance()
+    for number in range(20):
+        verdict = balance.decide(Situation(2, 2, (3.0, 0.4), unknown="how long prompts take was not measured yet"), now=number * 10.0)
+        assert verdict.move is Move.STAY
+    assert "was not measured yet" in verdict.reason
 
 
 # --- what is offered
@@ -316,7 +334,7 @@ class Fluid:
         self.engines[1 - self.to] -= 1
         assert min(prefill, decode) >= 1
         self.arrives_at = self.now + self.drain_s
-        self.balance.began(now=self.now)
+        self.balance.began(SOME_MOVE, now=self.now)
         self.moves.append((self.now, verdict.move))
 
     def run(self, load: Callable[[float], tuple[float, float]], seconds: float) -> Fluid:
@@ -445,7 +463,7 @@ def test_a_random_walk_never_empties_a_pool_and_never_moves_two_at_once(seed: in
                 coming = 0 if verdict.move is Move.TO_PREFILL else 1
                 engines[1 - coming] -= 1
                 assert engines[1 - coming] >= 1
-                balance.began(now=now)
+                balance.began(SOME_MOVE, now=now)
         balance.check()
     assert 0 < len(balance.history) <= HISTORY_LIMIT
     assert GAIN > 0

@@ -15,6 +15,7 @@ from disagg.errors import OrderError
 from disagg.model import ClusterView, EngineId, EngineState, EngineView, Role
 from disagg.policy.balance import Pace
 from disagg.policy.books import Books
+from disagg.policy.cost import ENOUGH
 from tests.test_matching import MODEL, D, P, books_of, engine
 
 PACE = Pace()
@@ -37,7 +38,7 @@ class Table:
         if self.refuses:
             raise OrderError(self.refuses, status=409)
         was = next(e for e in self.engines if e.id == engine).address.role
-        number = len(self.changes) + 1
+        number = len(self.flipped) + 1
         self.changes[number] = Change(EngineId(engine), was, role, live=True, cause=cause, limits=Limits(), now=0.0)
         self.flipped.append((engine, role))
         return number
@@ -54,11 +55,26 @@ class Table:
         self.become(change.engine, role=role)
 
 
+def measure(books: Books) -> None:
+    """Engines have worked for a while."""
+    forecast = books.forecast
+    for slot in range(forecast.engines):
+        for number in range(2 * ENOUGH):
+            at = number * 10.0
+            forecast.read(forecast.sent(slot, 1000, now=at), now=at + 0.1)
+            forecast.stepped(slot, 0.02, now=at)
+            forecast.tick(at + 1)
+    for _ in range(100):
+        forecast.answered(200, 1000)
+
+
 class Scene:
-    def __init__(self, *engines: EngineView, flips: str = "auto") -> None:
+    def __init__(self, *engines: EngineView, flips: str = "auto", measured: bool = True) -> None:
         self.table = Table(*engines)
         self.books: Books = books_of(self.table.view)
         self.books._window_s = PACE.window_s
+        if measured:
+            measure(self.books)
         self.told = structlog.testing.CapturingLogger()
         log = structlog.wrap_logger(self.told, processors=[lambda _, __, event: ((), event)])
         self.waiting = 0
@@ -191,3 +207,83 @@ def test_a_move_that_failed_is_not_tried_again_at_once() -> None:
     assert "too short a time ago" in scene.standing.reason
     scene.run(400, prefill=2.2, decode=0.4)
     assert len(scene.table.flipped) == 2
+
+
+def test_the_engine_of_a_failed_move_is_left_alone_and_another_is_asked() -> None:
+    scene = two_and_two()
+    scene.run(260, prefill=2.2, decode=0.4)
+    del scene.table.changes[1]
+    scene.run(110, prefill=2.2, decode=0.4)
+    assert [moved for moved, _ in scene.table.flipped[:2]] == ["e2", "e3"]
+    del scene.table.changes[2]
+    scene.run(150, prefill=2.2, decode=0.4)
+    assert len(scene.table.flipped) == 2
+    assert any("moving e2, e3 has failed" in line["reason"] for line in scene.lines)
+
+
+def test_nothing_is_moved_by_what_was_never_measured() -> None:
+    scene = two_and_two(measured=False)
+    scene.run(600, prefill=2.2, decode=0.4)
+    assert scene.table.flipped == []
+    assert "how long prompts take was not measured yet" in scene.standing.reason
+
+
+def test_engines_that_start_one_after_the_other_are_not_lost() -> None:
+    scene = Scene(engine(0, P, EngineState.STARTING), engine(1, P, EngineState.STARTING), engine(2, D), engine(3, D))
+    scene.run(120)
+    assert scene.table.flipped == [], "they were never there"
+
+
+def test_an_engine_that_a_person_takes_out_is_not_lost() -> None:
+    scene = Scene(engine(0, P), engine(1, D), engine(2, D))
+    scene.run(20)
+    scene.table.become("e0", state=EngineState.DRAINING)
+    scene.run(60)
+    assert scene.table.flipped == []
+    scene.table.changes[7] = Change(EngineId("e0"), P, P, live=False, cause="an upgrade", limits=Limits(), now=0.0)
+    scene.table.become("e0", state=EngineState.STARTING)
+    scene.run(60)
+    assert scene.table.flipped == [], "it is started anew by order"
+    del scene.table.changes[7]
+    scene.run(LOST_S + 2)
+    assert scene.table.flipped == [("e1", P)]
+
+
+def test_a_model_that_unified_engines_serve_has_lost_nothing() -> None:
+    scene = Scene(engine(0, P), engine(1, D), engine(2, D), engine(3, Role.UNIFIED))
+    scene.run(20)
+    scene.table.become("e0", state=EngineState.DEAD)
+    scene.run(60)
+    assert scene.table.flipped == []
+
+
+def test_time_in_which_the_router_stood_still_is_no_loss() -> None:
+    scene = Scene(engine(0, P), engine(1, D), engine(2, D))
+    scene.run(20)
+    scene.table.become("e0", state=EngineState.DEAD)
+    scene.run(1)
+    scene.now += 100
+    scene.matcher.stalled()
+    scene.run(LOST_S - 1)
+    assert scene.table.flipped == []
+    scene.run(3)
+    assert scene.table.flipped == [("e1", P)]
+
+
+def test_the_only_engine_that_takes_work_is_not_taken() -> None:
+    scene = Scene(engine(0, P), engine(1, P, EngineState.SUSPECT), engine(2, D), engine(3, D))
+    scene.run(600, prefill=0.1, decode=2.5)
+    assert scene.table.flipped == []
+    assert "only one of them takes work" in scene.standing.reason
+
+
+def test_off_says_what_would_be_done_without_a_flood_of_lines() -> None:
+    scene = Scene(engine(0, P), engine(1, D), engine(2, D), flips="off")
+    scene.run(20)
+    scene.table.become("e0", state=EngineState.DEAD)
+    scene.run(60)
+    assert scene.table.flipped == []
+    told = [line for line in scene.lines if "is gone" in line["reason"]]
+    assert len(told) == 1
+    assert told[0]["reason"].startswith('[policy] flips is "off": the last prefill engine is gone')
+    assert scene.standing.history == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from disagg.model import ClusterView, EngineAddress, EngineFacts, EngineId, EngineLoad, EngineState, EngineView, HostId, Role
@@ -102,3 +104,27 @@ def test_a_cache_is_worth_what_it_saves_and_at_most_what_it_took_to_fill_it() ->
     worth = books.worth_s(view.engines[0], 300.0)
     assert 0.0 < worth < 0.5
     assert books.worth_s(view.engines[0], 0.01) == 0.005
+
+
+def test_engines_that_cannot_all_be_paired_are_not_moved() -> None:
+    view = ClusterView.of(
+        [engine(0, P), engine(1, P), engine(2, D), engine(3, D)], cut={(EngineId("e0"), EngineId("e2")): "its link is down"}
+    )
+    assert view.pools[MODEL].islands
+    assert mover(view, MODEL, D, books_of(view), busy=(), now=0.0) is None
+    whole = ClusterView.of([engine(0, P), engine(1, P), engine(2, D), engine(3, D)])
+    assert mover(whole, MODEL, D, books_of(whole), busy=(), now=0.0) is not None
+
+
+def test_a_step_that_is_as_long_as_it_may_be_alone_does_not_make_an_answer_cost_an_engine() -> None:
+    view = ClusterView.of([engine(0, P), engine(1, D)])
+    costs = []
+    for step_s in (0.070, 0.084, 0.086, 0.100, 0.200):
+        books = books_of(view)
+        for number in range(40):
+            books.forecast.stepped(1, step_s, now=number * 1.0)
+            books.forecast.tick(number + 0.5)
+        for _ in range(100):
+            books.forecast.answered(100, 500)
+        costs.append(books.write_s(view.engines[1]))
+    assert all(after < 4 * before for before, after in itertools.pairwise(costs)), costs

@@ -251,6 +251,8 @@ class Controller:
             self._feed(detector, Stalled(lag_s))
         if self.reaper is not None:
             self.reaper.stalled(lag_s)
+        if self.matcher is not None:
+            self.matcher.stalled()
 
     def _beat(self, now: float) -> None:
         for detector in list(self._detectors.values()):

@@ -14,8 +14,10 @@ from disagg.errors import OrderError
 from disagg.model import ClusterView, EngineId, Role
 from disagg.policy.balance import Balance, Move, Pace, Situation, Verdict
 from disagg.policy.books import Books
-from disagg.policy.matching import FLIP_S, mover, situation_of
+from disagg.policy.matching import FLIP_S, is_there, mover, situation_of
 
+URGENT_S = 1.0
+FAILURES_LIMIT = 6
 LOST_S = 3.0
 """How long a pool may be without any engine before one is moved there: one that is started anew is mostly back by then."""
 SAID_KEPT = 5
@@ -80,6 +82,9 @@ class _Pools:
         self.number: int | None = None  # of the move under way
         self.flip_s = FLIP_S
         self.began_at = now
+        self.had: set[Role] = set()  # roles of which an engine was ready, ever
+        self.moved: EngineId | None = None
+        self.failures: dict[EngineId, tuple[int, float]] = {}  # how often a move failed, and until when it is not tried again
 
 
 class Matcher:
@@ -121,6 +126,11 @@ class Matcher:
             if any(e.id == engine and e.facts.model == model for e in self._table.view.engines):
                 pools.balance.ordered(now=now)
 
+    def stalled(self) -> None:
+        """The router itself stood still: how long a pool has been without engines is not known."""
+        for pools in self._pools.values():
+            pools.alone_since = None
+
     def look(self, now: float) -> None:
         """Called at each beat."""
         self._now = now
@@ -134,29 +144,32 @@ class Matcher:
 
     def _look_at(self, model: str, pools: _Pools, now: float) -> None:
         self._look_at_move(pools, now)
-        situation = self._situation(model, pools, now)
-        pools.situation = situation
-        lost = (not situation.prefill or not situation.decode) and situation.prefill + situation.decode > 1
-        if not lost:
-            pools.alone_since = None
-        elif pools.alone_since is None:
-            pools.alone_since = now
-        urgent = pools.alone_since is not None and now - pools.alone_since >= LOST_S / max(1.0, self._speed)
+        lost = self._lost(model, pools, now)
+        urgent = lost is not None and now - pools.decided_at >= URGENT_S
         if now < pools.due_at and not urgent:
             return
-        if lost and not urgent:
-            return
+        situation = pools.situation = self._situation(model, pools, lost, now)
         pools.due_at = now + self._pace.interval_s
         verdict = pools.balance.decide(situation, now=now)
         pools.decided_at, pools.verdict = now, verdict
-        if verdict.move is not Move.STAY and self._flips != "off":
+        if verdict.move is not Move.STAY:
             verdict = self._carry_out(model, pools, verdict, now)
             pools.verdict = verdict
         self._say(model, pools, verdict)
 
-    @property
-    def _speed(self) -> float:
-        return Pace().interval_s / self._pace.interval_s
+    def _lost(self, model: str, pools: _Pools, now: float) -> Role | None:
+        """The pool whose last engine was lost `LOST_S` ago, so that nothing can be served."""
+        view, moving, ordered = self._table.view, self._moving(), self._busy()
+        pool = view.pools.get(model)
+        if pool is not None:
+            pools.had |= {role for role, engines in ((Role.PREFILL, pool.prefill), (Role.DECODE, pool.decode)) if engines}
+        missing = [role for role in sorted(pools.had) if not is_there(view, model, role, moving, ordered)]
+        if not missing or (pool is not None and pool.can_serve):
+            pools.alone_since = None
+            return None
+        if pools.alone_since is None:
+            pools.alone_since = now
+        return missing[0] if now - pools.alone_since >= LOST_S else None
 
     def _look_at_move(self, pools: _Pools, now: float) -> None:
         """Has the move ended?"""
@@ -167,11 +180,14 @@ class Matcher:
             return
         done = change is not None and change.phase is Phase.DONE
         pools.number = None
+        if pools.moved is not None and not done:
+            failed = pools.failures.get(pools.moved, (0, 0.0))[0]
+            pools.failures[pools.moved] = (failed + 1, now + self._pace.hand_s * 2 ** min(failed, FAILURES_LIMIT))
         pools.balance.ended(now=now, done=done)
         if done:
             pools.flip_s = now - pools.began_at
 
-    def _situation(self, model: str, pools: _Pools, now: float) -> Situation:
+    def _situation(self, model: str, pools: _Pools, lost: Role | None, now: float) -> Situation:
         return situation_of(
             self._table.view,
             model,
@@ -181,6 +197,7 @@ class Matcher:
             flip_s=pools.flip_s,
             horizon_s=self._pace.horizon_s,
             now=now,
+            lost=lost,
         )
 
     def _moving(self) -> dict[EngineId, Role]:
@@ -193,9 +210,13 @@ class Matcher:
     def _carry_out(self, model: str, pools: _Pools, verdict: Verdict, now: float) -> Verdict:
         """Begins the move; a verdict that says why not where that cannot be."""
         was, role = (Role.DECODE, Role.PREFILL) if verdict.move is Move.TO_PREFILL else (Role.PREFILL, Role.DECODE)
-        engine = mover(self._table.view, model, was, self._books, busy=self._busy(), now=now)
+        if self._flips == "off":
+            reason = f'[policy] flips is "off": {verdict.reason}'
+            return msgspec.structs.replace(verdict, move=Move.STAY, reason=reason)
+        shunned = {e for e, (_, until) in pools.failures.items() if now < until}
+        engine = mover(self._table.view, model, was, self._books, busy={*self._busy(), *shunned}, now=now)
         if engine is None:
-            why = f"but no {was} engine can be moved: they were given by URL, are not ready, or are being changed"
+            why = f"but no {was} engine can be moved: {self._why_none(model, shunned)}"
             return msgspec.structs.replace(verdict, move=Move.STAY, reason=f"{verdict.reason}; {why}")
         if self._flips == "advise":
             reason = f'{engine.id} should become a {role} engine, but [policy] flips is "advise": {verdict.reason}'
@@ -204,9 +225,17 @@ class Matcher:
             pools.number = self._table.flip(engine.id, role, f"the load wants it: {verdict.reason}")
         except OrderError as error:
             return msgspec.structs.replace(verdict, move=Move.STAY, reason=f"{verdict.reason}; but {error}")
-        pools.began_at = now
-        pools.balance.began(now=now)
+        pools.began_at, pools.moved = now, engine.id
+        pools.balance.began(verdict, now=now)
         return msgspec.structs.replace(verdict, reason=f"{engine.id} becomes a {role} engine: {verdict.reason}")
+
+    def _why_none(self, model: str, shunned: Collection[EngineId]) -> str:
+        pool = self._table.view.pools.get(model)
+        if pool is not None and pool.islands:
+            return "not every prefill engine can hand over to every decode engine"
+        if shunned:
+            return f"the others were given by URL, are not ready or the last, and moving {', '.join(sorted(shunned))} has failed"
+        return "they were given by URL or attached, are not ready, are being changed, or only one of them takes work"
 
     def _say(self, model: str, pools: _Pools, verdict: Verdict) -> None:
         """One log line for each decision that is another one than the last; numbers alone make none."""

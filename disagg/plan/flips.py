@@ -103,7 +103,7 @@ class Flips:
             self.verdict = verdict = self._balance.decide(self.situation(now), now=now)
             if verdict.move is not Move.STAY:
                 self._begin(Role.PREFILL if verdict.move is Move.TO_PREFILL else Role.DECODE, verdict.reason, now)
-                self._balance.began(now=now)
+                self._balance.began(verdict, now=now)
 
     def _follow(self, readers: int, now: float) -> None:
         while (missing := readers - self.count(Role.PREFILL)) and not self._under_way_other(missing):

@@ -167,6 +167,8 @@ class Situation(msgspec.Struct, frozen=True):
         kv_share: of the decode pool's room, in KV or in requests, that is promised.
         waiting: requests that wait for room.
         flip_s: what the last move took, or is expected to.
+        lost: the pool that had engines and has none any more, for a while, so that nothing can be served; None where there is no such.
+        unknown: why it cannot be foretold how long engines take; empty where it can.
         lost_cache_s: prefill time that the prefix cache of the engine would save within a horizon.
     """
 
@@ -181,6 +183,8 @@ class Situation(msgspec.Struct, frozen=True):
     waiting: int = 0
     flip_s: float = 5.0
     lost_cache_s: float = 0.0
+    lost: Role | None = None
+    unknown: str = ""
 
     def pressures(self, prefill: int, decode: int) -> tuple[float, float]:
         """Of both pools, had they so many engines."""
@@ -266,9 +270,11 @@ class Balance:
 
     # --- what happens
 
-    def began(self, *, now: float) -> None:
-        """A move is under way."""
+    def began(self, verdict: Verdict, *, now: float) -> None:
+        """What was decided is being done."""
         self._began_at = now
+        self._in_a_row = 0
+        self._note(now, f"{verdict.move}: {verdict.reason}")
 
     def ended(self, *, now: float, done: bool) -> None:
         """It is over; `done` if the engine has its new role."""
@@ -291,11 +297,7 @@ class Balance:
         """What to do now. To be asked once per interval; who follows it says `began` and `ended`."""
         self._look(situation)
         wanted = wanted_ratio(situation)
-        verdict = self._replace_the_last(situation, wanted) or self._weigh(situation, wanted, now)
-        if verdict.move is not Move.STAY:
-            self._in_a_row = 0
-            self._note(now, f"{verdict.move}: {verdict.reason}")
-        return verdict
+        return self._replace_the_last(situation, wanted, now) or self._weigh(situation, wanted, now)
 
     def _look(self, situation: Situation) -> None:
         """Is it getting worse?"""
@@ -305,20 +307,21 @@ class Balance:
             self._worse[i] = self._worse[i] + 1 if now > last else 0
         self._trouble = (prefill, decode)
 
-    def _replace_the_last(self, situation: Situation, wanted: tuple[int, int]) -> Verdict | None:
-        """Nothing can be served without one of each."""
-        if self._began_at is not None:
+    def _replace_the_last(self, situation: Situation, wanted: tuple[int, int], now: float) -> Verdict | None:
+        """Nothing can be served without one of each, unless a person wants it so."""
+        if self._began_at is not None or situation.lost is None or now < self._hand_until:
             return None
-        if not situation.prefill and situation.decode > 1:
+        if situation.lost is Role.PREFILL and situation.decode > 1:
             return Verdict(Move.TO_PREFILL, wanted, "the last prefill engine is gone, and nothing can be served without one")
-        if not situation.decode and situation.prefill > 1:
+        if situation.lost is Role.DECODE and situation.prefill > 1:
             return Verdict(Move.TO_DECODE, wanted, "the last decode engine is gone, and nothing can be served without one")
         return None
 
     def _weigh(self, situation: Situation, wanted: tuple[int, int], now: float) -> Verdict:
         here = (situation.prefill, situation.decode)
         if sum(here) <= 2:
-            return Verdict(Move.STAY, here, "one engine of each is the least there can be: there is nothing to move")
+            least = "one engine of each is the least there can be" if min(here) else "there is no engine too many"
+            return Verdict(Move.STAY, here, f"{least}: there is nothing to move")
         move = Move.TO_PREFILL if wanted[0] > here[0] else Move.TO_DECODE if wanted[0] < here[0] else Move.STAY
         self._in_a_row = self._in_a_row + 1 if move is self._last else 1
         self._last = move
@@ -353,6 +356,8 @@ class Balance:
             return "a move is under way"
         if now < self._hand_until:
             return f"an engine was moved by hand, which is respected for {self._hand_until - now:.0f} s more"
+        if situation.unknown:
+            return situation.unknown
         unknown_s = WATCHED_TIMES * self.pace.window_s - situation.watched_s
         if unknown_s > 0:
             return f"the load was watched for {situation.watched_s:.0f} s only, and for {unknown_s:.0f} s more it may be anything"
@@ -370,7 +375,7 @@ class Balance:
         cost_s = times * (situation.flip_s + situation.lost_cache_s) / 2  # it waits until there is room for it: half a horizon, say
         if averted_s > cost_s:
             return ""
-        return f"it would avert {averted_s:.2g} s of waiting work and cost {cost_s:.2g} s"
+        return f"it would avert {averted_s:.1f} s of waiting work and cost {cost_s:.1f} s"
 
     def _note(self, now: float, sentence: str) -> None:
         self.history.append((now, sentence))

@@ -167,7 +167,7 @@ class Books:
 
     # --- demand
 
-    def asked(self, model: str, prefill_s: float, decode: EngineView, *, now: float) -> None:
+    def asked(self, model: str, prefill_s: float, decode: EngineView, *, now: float, writes: bool = True) -> None:
         """A request came that a pair serves.
 
         Args:
@@ -175,13 +175,14 @@ class Books:
             prefill_s: for how long it keeps a prefill engine busy.
             decode: an engine as it may write its answer.
             now: monotonic seconds.
+            writes: its answer is asked for, too.
         """
         demand = self._demands.get(model)
         if demand is None:
             if len(self._demands) >= MODELS_LIMIT:
                 return
             demand = self._demands[model] = Demand(self._window_s)
-        demand.arrived(prefill_s, self.write_s(decode), now=now)
+        demand.arrived(prefill_s, self.write_s(decode) if writes else 0.0, now=now)
 
     def write_s(self, decode: EngineView) -> float:
         """What an answer costs this engine when it is as busy as it may be, seconds."""
@@ -205,10 +206,9 @@ class Books:
         """What is asked of the pools of a model; None where nobody asked."""
         return self._demands.get(model)
 
-    def answered(self, tokens: int, prompt: int, *, unified: bool, ttft_s: float, itl_s: float) -> None:
-        """A stream ended well, with about so many tokens after a prompt of so many; the rest as for `Comparison.ended`."""
+    def answered(self, tokens: int, prompt: int) -> None:
+        """A stream ended well, with about so many tokens after a prompt of so many."""
         self.forecast.answered(tokens, prompt)
-        self.comparison.ended(unified=unified, ttft_s=ttft_s, itl_s=itl_s)
 
     # --- prices
 

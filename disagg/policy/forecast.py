@@ -64,6 +64,9 @@ _ANSWER_SHARE = 0.02
 ANSWER_TOKENS = 200.0
 """How long answers are taken to be before one has ended."""
 BATCH_LIMIT = 4096
+ALONE_TIMES = 1.5
+JUDGED_AT_ONCE = 4
+"""Engines whose links are judged in one tick: a fraction of a millisecond each."""
 
 
 class Reading:
@@ -523,7 +526,7 @@ class Forecast:
         """
         self._answers += 1
         before, share = self._answer, max(_ANSWER_SHARE, 1 / self._answers)
-        self._answer += share * (tokens - before)
+        self._answer = max(1.0, before + share * (tokens - before))
         if prompt:
             carried = self._carried or before * (self._prompt + before / 2)
             self._carried = carried + share * (tokens * (prompt + tokens / 2) - carried)
@@ -567,13 +570,15 @@ class Forecast:
 
         Args:
             slot: of the engine.
-            limit_s: how long a step may take.
+            limit_s: how long a step may take. An engine whose step takes nearly that long with a single answer does not become faster by
+                having one only: then `ALONE_TIMES` of that counts.
             kv_tokens: the KV that it has room for, 0 if unknown.
             most: requests that it takes, 0 if unknown.
         """
         context = self.context_tokens
         a, b, c = self._steps[slot].latest or STEPS
         each = b + c * context
+        limit_s = max(limit_s, ALONE_TIMES * (a + each))
         batch = (limit_s - a) / each if each > 0.0 else float(BATCH_LIMIT)
         if kv_tokens > 0:
             batch = min(batch, kv_tokens / (context + self._answer / 2))
@@ -596,7 +601,7 @@ class Forecast:
             if any(now - link.at > LINK_S for link in self._links[slot].values()):
                 self._links[slot] = {decode: link for decode, link in self._links[slot].items() if now - link.at <= LINK_S}
                 self._noted.add(slot)
-        while self._noted:
+        for _ in range(min(JUDGED_AT_ONCE, len(self._noted))):
             self._judge(self._noted.pop())
         fits = [*self._reads, *self._steps, *self._busy]
         for _ in fits:
@@ -624,6 +629,10 @@ class Forecast:
         """What is known of an engine."""
         reads, steps = self._reads[slot], self._steps[slot]
         return Known(reads.latest or READS, reads.trust, steps.latest or STEPS, steps.trust, self.wait_s(slot, now=now))
+
+    def samples(self, slot: int) -> tuple[int, int]:
+        """How many passes and steps of this engine were measured."""
+        return self._reads[slot].samples, self._steps[slot].samples
 
     def doubt(self, slot: int) -> str:
         """Why this engine's passes cannot be foretold; empty when they can."""

@@ -7,7 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from disagg.model import ClusterView, EngineId, EngineState, EngineView, Role
 from disagg.policy.balance import Situation
 from disagg.policy.books import Books
+from disagg.policy.cost import ENOUGH
 
+_GONE = frozenset({EngineState.DEAD, EngineState.HELD, EngineState.STARTING})
 _THERE = frozenset({EngineState.READY, EngineState.SUSPECT, EngineState.QUARANTINED})
 FLIP_S = 5.0
 """What a move is expected to take before there was one."""
@@ -35,6 +37,7 @@ def situation_of(
     flip_s: float,
     horizon_s: float,
     now: float,
+    lost: Role | None = None,
 ) -> Situation:
     """How the pools of a model stand.
 
@@ -47,6 +50,7 @@ def situation_of(
         flip_s: what a move takes.
         horizon_s: for which what would be lost with a prefix cache is summed up.
         now: monotonic seconds.
+        lost: see `Situation`.
     """
     prefill, decode = (engines_of(view, model, role, moving) for role in (Role.PREFILL, Role.DECODE))
     demand, forecast = books.demand(model), books.forecast
@@ -62,6 +66,8 @@ def situation_of(
         kv_share=_share(decode, books),
         waiting=waiting,
         flip_s=flip_s,
+        lost=lost,
+        unknown=_unknown(prefill, decode, books),
         lost_cache_s=min((books.worth_s(e, horizon_s) for e in readers), default=0.0),
     )
 
@@ -71,6 +77,29 @@ def _offered(books: Books, model: str, decode: Sequence[EngineView], flip_s: flo
     demand = books.demand(model)
     prefill_s, decode_s = demand.expected(now, flip_s) if demand is not None else (0.0, 0.0)
     return prefill_s, max(decode_s, books.writers_busy(decode))
+
+
+def _unknown(prefill: Sequence[EngineView], decode: Sequence[EngineView], books: Books) -> str:
+    """Engines are moved by what was measured, not by what another machine does."""
+    if not any(books.forecast.samples(e.slot)[0] >= ENOUGH for e in prefill):
+        return "how long prompts take was not measured yet"
+    if not any(books.forecast.samples(e.slot)[1] >= ENOUGH for e in decode):
+        return "how long the steps of answers take was not measured yet: streams tell it"
+    return ""
+
+
+def is_there(view: ClusterView, model: str, role: Role, moving: Mapping[EngineId, Role], ordered: Collection[EngineId]) -> bool:
+    """A pool has an engine, whatever it does at the moment.
+
+    Args:
+        view: all engines.
+        model: the served name.
+        role: of the pool.
+        moving: the engines that are on their way to another role, and to which.
+        ordered: engines that somebody changes: they are not lost.
+    """
+    mine = (e for e in view.engines if e.facts.model in {model, ""} and moving.get(e.id, e.address.role) is role)
+    return any(e.state not in _GONE or e.id in ordered for e in mine)
 
 
 def _share(decode: Sequence[EngineView], books: Books) -> float:
@@ -94,7 +123,7 @@ def mover(view: ClusterView, model: str, role: Role, books: Books, *, busy: Coll
         now: monotonic seconds.
 
     Returns:
-        None where no engine of this role can be moved.
+        None where no engine of this role can be moved, or where it would be the last that takes work.
     """
 
     def loss(engine: EngineView) -> tuple[float, int, int, int]:
@@ -102,9 +131,8 @@ def mover(view: ClusterView, model: str, role: Role, books: Books, *, busy: Coll
         wait_s = books.forecast.wait_s(slot, now=now) if role is Role.PREFILL else 0.0
         return round(wait_s, 2), books.ledger.reserved(slot), books.history.blocks(slot), slot
 
-    able = [
-        e
-        for e in view.engines
-        if e.facts.model == model and e.address.role is role and e.state is EngineState.READY and e.host and e.owned and e.id not in busy
-    ]
-    return min(able, key=loss, default=None)
+    pool = view.pools.get(model)
+    ready = () if pool is None else pool.prefill if role is Role.PREFILL else pool.decode
+    if pool is None or pool.islands or len(ready) < 2:
+        return None
+    return min((e for e in ready if e.host and e.owned and e.id not in busy), key=loss, default=None)

@@ -113,7 +113,7 @@ def choose(
     if unified is not None:
         alone_s, pair_s = pick.alone_s(unified), pick.pair_s(prefill, decode)
         if alone_s < pair_s:
-            return Choice(None, unified, f"{unified.id} costs {alone_s:.2g} s, {prefill.id} and {decode.id} {pair_s:.2g} s")
+            return Choice(None, unified, f"{unified.id} costs {alone_s:.2f} s, {prefill.id} and {decode.id} {pair_s:.2f} s")
     return Choice(prefill, decode, pick.reason(prefill, decode))
 
 

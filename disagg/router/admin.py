@@ -140,7 +140,8 @@ class _Looks:
         standings = [rounded(msgspec.to_builtins(standing)) for standing in self._standings()]
         pools = self._view().pools
         alone = {model: tokens for model, pool in pools.items() if (tokens := books.unified_up_to(pool, now=now)) is not None}
-        more = {"unified_up_to_tokens": alone, "ab": self._compared()} if alone else {}
+        more = {"unified_up_to_tokens": alone} if alone else {}
+        more |= {"ab": self._compared()} if self._relay.admission.compares else {}
         return _json({**cluster, "ratio": standings, **more, "requests": requests, "ready": not why, "reason": why})
 
     async def _get_requests(self, _: web.Request) -> web.Response:

@@ -19,7 +19,7 @@ from typing import Protocol
 import msgspec
 
 from disagg.errors import DeadlineError, DisaggError, NoCapacityError, ShareError
-from disagg.model import Choice, ClusterView, EngineId, EngineLoad, EngineView, Pool, Role
+from disagg.model import Choice, ClusterView, EngineId, EngineLoad, EngineState, EngineView, Pool, Role
 from disagg.policy.books import Books, Prompt
 from disagg.policy.forecast import Reading
 from disagg.policy.pace import Pace
@@ -36,6 +36,7 @@ LEARN_ALL = 64
 LEARN_EACH = 8
 """After the first ones, from how many answers one is looked at."""
 _PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s?([0-9]{1,9})')
+_ANEW = frozenset({EngineState.DEAD, EngineState.STARTING})
 _ANSWER_TOKENS = re.compile(rb'"completion_tokens":\s?([0-9]{1,9})')
 _USAGE_WITHIN = 1024  # it stands at the end of an answer
 
@@ -81,7 +82,7 @@ class Wanting(Protocol):
 
     @property
     def was_let_in(self) -> bool:
-        """It was on its way before, and lost its engine."""
+        """It, or the request that it is a part of, was on its way before."""
 
     @property
     def unified_only(self) -> bool:
@@ -133,10 +134,19 @@ class Promise:
         self.reading: Reading | None = None
         self._writes = False
 
-    def read(self, now: float) -> None:
-        """Its first token came: the prompt is read, and the answer is being written, unless that has ended already."""
-        self._writes = self._decode_tokens is not None
-        self._admission.read(self, now, writes=self._writes)
+    def prompt_read(self, now: float) -> None:
+        """Its prefill engine has ended well: the prompt is read, whether its first token was seen or not."""
+        self._admission.read(self, now)
+
+    def read(self, now: float, *, whole: bool) -> None:
+        """Its first token came, or a whole answer: the answer is being written, unless that has ended already."""
+        if not whole:
+            self._admission.read(self, now)
+        elif self.reading is not None:
+            self._admission.not_read(self)  # when the prompt was read was not seen: what came had been written, too
+        if self._decode_tokens is not None and not self._writes:
+            self._writes = True
+            self._admission.began(self)
 
     def end(self, slot: int) -> None:
         """The engine in this slot is through with it; said twice it counts once."""
@@ -223,6 +233,7 @@ class Admission:
         self._loads: dict[int, EngineLoad] = {}
         self._pids: dict[int, int] = {}
         self._roles: dict[int, Role] = {}
+        self._down: set[int] = set()
         self.waiting = 0
         self.names_wanted = False
         self._told = 0
@@ -257,6 +268,11 @@ class Admission:
     def promise(self, choice: Choice, tokens: int = 0) -> Promise:
         """A promise for what does not wait, as the router's own canaries."""
         return self._promise(choice, tokens, tokens)
+
+    @property
+    def compares(self) -> bool:
+        """A share of the requests is drawn for unified engines."""
+        return bool(self._unified_share)
 
     def draw_arm(self) -> bool | None:
         """What a new request is to show, as in `Wanting.arm`."""
@@ -350,7 +366,7 @@ class Admission:
             assert isinstance(waiter, _Waiter)
             if not waiter.place.done():
                 waiter.place.set_exception(_refusal(one, self._view().why_not_ready()))
-                self._count_refused(waiter.wanting)
+                self._count_refused(waiter.wanting, writes=True)
 
     # --- engines
 
@@ -367,18 +383,29 @@ class Admission:
         found = self._find(wanting, exclude)
         if found is None:
             return Aside.ASIDE if exclude and self._find(wanting, ()) is not None else None
-        choice, prompt_tokens, tokens = found
-        self._refuse_late(wanting, choice, prompt_tokens)
+        choice, prompt_tokens, tokens = found = self._in_time(wanting, exclude, found)
         prefill, decode = choice.prefill, choice.decode
         wanting.promised((decode.id,) if prefill is None else (prefill.id, decode.id))
         promise = self._promise(choice, prompt_tokens, tokens)
         if prefill is not None or wanting.streams:
             promise.reading = self.books.sent(choice, _prompt(wanting, prompt_tokens), now=self._clock())
-            if prefill is not None:
+            if prefill is not None and not wanting.was_let_in:
                 self.books.asked(decode.facts.model, promise.reading.busy_s, decode, now=self._clock())
         else:
-            promise.read(self._clock())  # its first token will not be seen
+            promise.read(self._clock(), whole=True)  # its first token will not be seen
         return promise
+
+    def _in_time(self, wanting: Wanting, exclude: Collection[EngineId], found: tuple[Choice, int, int]) -> tuple[Choice, int, int]:
+        """The engines that were found, or those of the other arm where these are too late. Raises NoCapacityError."""
+        try:
+            self._refuse_late(wanting, found[0], found[1])
+        except NoCapacityError:
+            other = None if wanting.arm is None else self._find(wanting, exclude, compared=False)
+            if other is None:
+                raise
+            self._refuse_late(wanting, other[0], other[1])
+            return other
+        return found
 
     def _refuse_late(self, wanting: Wanting, choice: Choice, tokens: int) -> None:
         """Nobody is let in whose first token would come too late for those before it. Raises NoCapacityError.
@@ -396,15 +423,21 @@ class Admission:
         late_s = soon_s + books.forecast.late_s(reader) - limit_s
         if late_s <= 0.0 or wanting.was_let_in:
             return
-        self._count_refused(wanting)
+        self._count_refused(wanting, writes=False)  # it is the prefill engines that there are too few of
         raise NoCapacityError(
-            f"the first token would come in {limit_s + late_s:.0f} s, which is over the limit of {limit_s:g} s; come again later",
+            f"the first token would come {late_s:.1f} s after the limit of {limit_s:g} s; come again later",
             retry_after_s=min(RETRY_LIMIT_S, max(1, ceil(late_s))),
             reason="late",
         )
 
-    def _count_refused(self, wanting: Wanting) -> None:
-        """It would have been served by a pair, if there were more of them: that is asked of the pools, too."""
+    def _count_refused(self, wanting: Wanting, *, writes: bool) -> None:
+        """It would have been served by a pair, if there were more of them: that is asked of the pools, too.
+
+        Args:
+            wanting: the request.
+            writes: also of those who write. Clients come again, and are counted again: of a pool that was not short of anything no more
+                should be asked than reaches it.
+        """
         try:
             pool = pool_of(self._view(), wanting.model)
         except DisaggError:
@@ -412,23 +445,23 @@ class Admission:
         if pool.can_pair and not wanting.was_let_in:
             prefill, decode = pool.prefill[0], pool.decode[0]
             tokens = self._price(wanting, decode.facts.model, decode.facts.context_tokens)[0]
-            self.books.asked(decode.facts.model, self.books.forecast.busy_s(prefill.slot, tokens), decode, now=self._clock())
+            self.books.asked(decode.facts.model, self.books.forecast.busy_s(prefill.slot, tokens), decode, writes=writes, now=self._clock())
 
-    def _find(self, wanting: Wanting, exclude: Collection[EngineId]) -> tuple[Choice, int, int] | None:
-        """Engines with room, and the tokens of a prefill and of a decode engine. Raises UnknownModelError."""
+    def _find(self, wanting: Wanting, exclude: Collection[EngineId], *, compared: bool = True) -> tuple[Choice, int, int] | None:
+        """Engines with room, and the tokens of a prefill and of a decode engine; not `compared`: of any arm. Raises UnknownModelError."""
         try:
-            choice = self._choose(wanting, exclude)
+            choice = self._choose(wanting, exclude, compared=compared)
             prefill, decode = choice.prefill, choice.decode
             prompt_tokens, tokens = self._price(wanting, decode.facts.model, decode.facts.context_tokens)
             if self._is_full(decode, tokens) or (prefill is not None and self._is_full(prefill, prompt_tokens)):
-                choice = self._choose(wanting, [*exclude, *self._all_full(wanting, prompt_tokens, tokens)])
+                choice = self._choose(wanting, [*exclude, *self._all_full(wanting, prompt_tokens, tokens)], compared=compared)
         except NoCapacityError:
             return None
         return choice, prompt_tokens, tokens
 
-    def _choose(self, wanting: Wanting, exclude: Collection[EngineId]) -> Choice:
+    def _choose(self, wanting: Wanting, exclude: Collection[EngineId], *, compared: bool = True) -> Choice:
         pool = pool_of(self._view(), wanting.model)
-        arm = _arm(pool, wanting.arm)
+        arm = _arm(pool, wanting.arm if compared else None)
         if arm is not pool:
             try:
                 return self._choose_from(arm, wanting, exclude)
@@ -512,14 +545,17 @@ class Admission:
         if seconds > 0.0:
             self.books.forecast.stepped(decode, seconds, now=self._clock())
 
-    def read(self, promise: Promise, now: float, *, writes: bool) -> None:
-        """Its first token came; `writes` if its answer is being written."""
+    def read(self, promise: Promise, now: float) -> None:
+        """Its prompt is read."""
         reading, promise.reading = promise.reading, None
-        choice, forecast = promise.choice, self.books.forecast
         if reading is not None:
-            forecast.read(reading, None if choice.prefill is None else choice.decode.slot, now=now)
-        if writes:
-            forecast.began(choice.decode.slot, promise.tokens(choice.decode.slot))
+            choice = promise.choice
+            self.books.forecast.read(reading, None if choice.prefill is None else choice.decode.slot, now=now)
+
+    def began(self, promise: Promise) -> None:
+        """Its answer is being written."""
+        slot = promise.choice.decode.slot
+        self.books.forecast.began(slot, promise.tokens(slot))
 
     def not_read(self, promise: Promise) -> None:
         """It ended before its first token."""
@@ -558,19 +594,35 @@ class Admission:
             self._grow(engines[-1].slot + 1)
         for engine in engines:
             self._note(engine)
+        if len(self._pids) > len(engines):
+            self._forget_gone({engine.slot for engine in engines})
         self.names_wanted = any(len(pool.prefill) + len(pool.unified) > 1 for pool in view.pools.values())
         self.look_soon()
 
     def _note(self, engine: EngineView) -> None:
         """What changed of one engine."""
         slot, address, books = engine.slot, engine.address, self.books
-        if (self._pids.get(slot, address.pid), self._roles.get(slot, address.role)) != (address.pid, address.role):
+        was_down, is_down = slot in self._down, engine.state in _ANEW
+        if is_down:
+            self._down.add(slot)
+        else:
+            self._down.discard(slot)
+        changed = (self._pids.get(slot, address.pid), self._roles.get(slot, address.role)) != (address.pid, address.role)
+        if changed or (is_down and not was_down):  # of one that was given by URL no pid is known
             books.restarted(slot)
         self._pids[slot], self._roles[slot] = address.pid, address.role
         if engine.load is not self._loads.get(slot):
             self._loads[slot] = engine.load
             books.ledger.note_report(slot, engine.load)
             books.holds(engine)
+
+    def _forget_gone(self, there: Collection[int]) -> None:
+        """Slots are never used again."""
+        for slot in [slot for slot in self._pids if slot not in there]:
+            self.books.restarted(slot)
+            for table in (self._pids, self._roles, self._loads):
+                table.pop(slot, None)
+            self._down.discard(slot)
 
     def look_soon(self) -> None:
         """Those who wait are looked at in the loop's next round."""

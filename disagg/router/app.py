@@ -201,7 +201,8 @@ class PublicListener:
             self._metrics.ttft.observe(ttft_s)
         finally:
             stream.journal.fold()
-        self._owner.answered(attempt.choice, job.body_bytes, stream.journal.events, ttft_s, stream.first_token_at)
+        if stream.first_token_at:
+            self._owner.answered(job, attempt.choice, stream.journal.events, ttft_s, stream.first_token_at)
 
     async def _serve_whole(self, job: Job, client: Client) -> None:
         attempt = await self._owner.run(job, lambda attempt, _number: WholeLeg(attempt), client)

@@ -293,6 +293,8 @@ class Attempt:
         if is_its_fault and not self.finished and isinstance(event, PrefillFailed):
             self.blamed.append(prefill.id)
         self.prefill_connection = None
+        if isinstance(event, PrefillFinished):
+            self.promise.prompt_read(self.owner.clock())
         self.promise.end(prefill.slot)
         self.handle(event)
         if self.whole and not self.finished:

@@ -116,20 +116,22 @@ class Owner:
         """Whether a new request is to show what unified engines do, or pairs; None where nothing is compared."""
         return self._admission.draw_arm()
 
-    def answered(self, choice: Choice, body_bytes: int, tokens: int, ttft_s: float, first_token_at: float) -> None:
+    def answered(self, job: Job, choice: Choice, tokens: int, ttft_s: float, first_token_at: float) -> None:
         """A stream came to its end.
 
         Args:
+            job: the request.
             choice: the engines that ended it.
-            body_bytes: of the request.
             tokens: about so many.
             ttft_s: until the first one.
             first_token_at: when that was.
         """
         itl_s = (self._relay.clock() - first_token_at) / (tokens - 1) if tokens > 1 else 0.0
         books = self._admission.books
-        prompt = books.ledger.prompt_tokens(choice.decode.facts.model, body_bytes, choice.decode.facts.context_tokens)
-        books.answered(tokens, prompt, unified=choice.prefill is None, ttft_s=ttft_s, itl_s=itl_s)
+        facts, alone = choice.decode.facts, choice.prefill is None
+        books.answered(tokens, books.ledger.prompt_tokens(facts.model, len(job.request.rest), facts.context_tokens))
+        if job.arm is alone:  # who went where they were not drawn for says nothing of either arm
+            books.comparison.ended(unified=alone, ttft_s=ttft_s, itl_s=itl_s)
 
     def changed(self) -> None:
         """Engines came, went or reported: those who wait look anew."""

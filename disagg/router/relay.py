@@ -143,8 +143,8 @@ class Job:
 
     @property
     def was_let_in(self) -> bool:
-        """It was on its way before, and lost its engine."""
-        return self.attempts > 0
+        """It was on its way before, or the first sample of its request was: who asks for many must not be refused for the first of them."""
+        return self.attempts > 0 or self.sample > 0
 
     def ask_for(self, rest: bytes) -> None:
         """The next attempt has this body."""
@@ -242,6 +242,12 @@ class Relay:
         return len(self._live)
 
     def _sweep(self) -> None:
+        try:
+            self._sweep_once()
+        finally:
+            self._sweep_again()
+
+    def _sweep_once(self) -> None:
         now = self.clock()
         self.metrics.loop_lag.observe(max(0.0, now - self._expected_at))
         for attempt in list(self._live):
@@ -253,7 +259,6 @@ class Relay:
             upstream.prune()
         self._forget_gone()
         self.admission.tick(now)
-        self._sweep_again()
 
     def _forget_gone(self) -> None:
         engines = self._view().engines
@@ -509,7 +514,7 @@ class Relay:
         if choice.prefill is not None or not attempt.whole:
             prefill_slot = choice.prefill.slot if choice.prefill is not None else None
             self.pace.first_token(prefill_slot, choice.decode.slot, work, now - attempt.sent_at)
-            attempt.promise.read(now)
+        attempt.promise.read(now, whole=attempt.whole)
         self._on_handed_over(choice)
         if attempt.on_handed_over is not None:
             attempt.on_handed_over()

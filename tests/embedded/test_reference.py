@@ -24,6 +24,9 @@ from tests.embedded.random_model import Pages, Pool
 
 pytestmark = [pytest.mark.reference, pytest.mark.filterwarnings("default")]
 NEAR_TIE = 1e-4
+ROUNDING = 5e-5
+"""Of the largest logit. The order in which products are summed up depends on the CPU: 2.4e-5 was seen on an AMD EPYC, 1e-5 on others; a
+mistake in the arithmetic makes it a hundred times more."""
 NEW_TOKENS = 12
 CHUNKS = (512, 64, 7, 100)
 SHORT = (1, 2, 15, 16, 17, 40, 129, 300)
@@ -194,7 +197,7 @@ class Tally:
             verdict = differs(ours.ids[i], reference)
             assert verdict in {"", "excused"}, f"prompt of {len(prompt)} tokens, {verdict}"
             spread = float(np.abs(reference.logits[0]).max())
-            np.testing.assert_allclose(ours.first_logits[i], reference.logits[0], atol=2e-5 * max(1.0, spread))
+            np.testing.assert_allclose(ours.first_logits[i], reference.logits[0], atol=ROUNDING * max(1.0, spread))
             self.prompts += 1
             self.tokens += len(prompt)
             self.excused += verdict == "excused"

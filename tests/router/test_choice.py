@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from typing import Any
 
@@ -12,7 +13,7 @@ from disagg.model import Role
 from disagg.policy.books import Books
 from disagg.policy.cost import Fit
 from disagg.policy.history import PrefixHistory
-from tests.fake_engine import Call, answer_well, chat_chunk
+from tests.fake_engine import Call, answer_well, chat_chunk, until
 from tests.router.conftest import CHAT, Rig, running_rig
 from tests.router.test_lost import nothing_left, relay_of
 
@@ -131,7 +132,7 @@ async def test_who_would_come_too_late_is_sent_away_at_once_and_told_when_to_com
             assert response.status == 503
             assert response.headers["Retry-After"] in {"4", "5"}, "seven seconds of waiting, one of its own, three are allowed"
             error = (await response.json())["error"]
-        assert "over the limit of 3 s" in error["message"]
+        assert "after the limit of 3 s" in error["message"]
         assert 'disagg_shed_total{reason="late"} 1.0' in rig.metrics()
         assert not rig.prefill.calls
         async with await rig.post(CHAT, headers={"x-disagg-priority": "1"}) as response:
@@ -221,3 +222,57 @@ async def test_the_status_tells_what_goes_to_a_unified_engine() -> None:
         for _ in range(40):
             books.in_flight.end(1)
     assert 1 << 17 > few[0] > many[0] > 0, "reading pauses the answers that a unified engine writes"
+
+
+# --- what is learnt of answers that are no streams
+
+
+async def first_read_then_written(call: Call) -> None:
+    """Prefill takes 30 ms; decode answers when it is through, or at once."""
+    if call.engine.role is P:
+        await asyncio.sleep(0.03)
+        return await answer_well(call)
+    await asyncio.sleep(0.06)
+    return await answer_well(call)
+
+
+async def first_written_then_read(call: Call) -> None:
+    await asyncio.sleep(0.06 if call.engine.role is P else 0.03)
+    return await answer_well(call)
+
+
+async def test_whole_answers_tell_how_long_their_prompts_took() -> None:
+    async with running_rig(P, D, behave=first_read_then_written) as rig:
+        for _ in range(12):
+            async with await rig.post(CHAT) as response:
+                assert response.status == 200
+        forecast = books_of(rig).forecast
+        await until(lambda: forecast.samples(0)[0] >= 10)
+        assert 0.03 <= forecast.pass_s(0, 20) < 0.06, "not what the whole answer took"
+        await nothing_left(rig)
+
+
+async def test_a_whole_answer_that_comes_before_its_prefill_engine_has_ended_tells_nothing() -> None:
+    async with running_rig(P, D, behave=first_written_then_read) as rig:
+        for _ in range(12):
+            async with await rig.post(CHAT) as response:
+                assert response.status == 200
+        assert books_of(rig).forecast.samples(0)[0] == 0
+        await nothing_left(rig)
+
+
+async def test_samples_of_one_request_are_not_in_each_others_way() -> None:
+    """Each waits for those before it, and all of them together longer than anybody may."""
+    async with running_rig(P, D, slo=SloSection(ttft_s=3.0)) as rig:
+        taught(rig, 0, 1.0)
+        async with await rig.post({**CHAT, "n": 16}) as response:
+            assert response.status == 200
+            assert len((await response.json())["choices"]) == 16
+        await nothing_left(rig)
+
+
+async def test_the_first_answer_may_be_empty() -> None:
+    async with running_rig(U, U) as rig:
+        forecast = books_of(rig).forecast
+        forecast.answered(0)
+        assert forecast.best_batch(0, limit_s=0.1, kv_tokens=1000) >= 1
