@@ -671,5 +671,5 @@ def test_a_choice_by_outlook_says_why() -> None:
     )
     idle = Site(pool(P, D, U))
     idle.read(0, 16_000)
-    assert re.fullmatch(r"unified-2 costs 2\.\d s, prefill-0 and decode-1 [\d.]+ s", idle.choose(100).reason)
+    assert re.fullmatch(r"unified-2 costs 2\.\d\d s, prefill-0 and decode-1 [\d.]+ s", idle.choose(100).reason)
     assert idle.choose(100, exclude={"prefill-0"}).reason == "no pair can take it; unified-2 has 0 requests in flight"

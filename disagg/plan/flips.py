@@ -93,7 +93,7 @@ class Flips:
 
     @property
     def _view(self) -> ClusterView:
-        return ClusterView(tuple(self._dispatch.views))
+        return ClusterView(tuple(self._dispatch.views), {MODEL: self._dispatch.pool})
 
     def decide(self, now: float) -> None:
         """To be asked every `Pace.interval_s`."""
