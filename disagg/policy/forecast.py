@@ -246,6 +246,8 @@ class Forecast:
     __slots__ = (
         "_answer",
         "_answers",
+        "_any_reads",
+        "_any_steps",
         "_backlog",
         "_began",
         "_busy",
@@ -282,6 +284,8 @@ class Forecast:
         self._kv: list[int] = []
         self._links: list[dict[int, _Link]] = []  # by the slot that reads and the one that writes
         self._noted: set[int] = set()  # slots that read, whose links are to be judged anew
+        self._any_reads = READS  # of the engine that is known best, for those that are not known well
+        self._any_steps = STEPS
         self._answer = ANSWER_TOKENS
         self._answers = 0
         self._prompt = 0.0
@@ -465,9 +469,18 @@ class Forecast:
         for link in found:
             link.late -= least
 
+    @staticmethod
+    def _line(fit: Fit, of_others: Line) -> Line:
+        """The line to go by: its own once it was measured often enough.
+
+        Until then all have the same one. Else of two engines that are alike the one that was measured first would seem to be the slower
+        one, where the prior is too fast, and get nothing.
+        """
+        return fit.latest if fit.samples >= ENOUGH and fit.latest is not None else of_others
+
     def pass_s(self, slot: int, new: int, cached: int = 0) -> float:
         """Seconds that this engine needs for one prompt once it begins."""
-        a, b, c = self._reads[slot].latest or READS
+        a, b, c = self._line(self._reads[slot], self._any_reads)
         return a + b * new + c * ((cached + new) ** 2 - cached**2)
 
     def busy_s(self, slot: int, new: int, cached: int = 0) -> float:
@@ -548,7 +561,7 @@ class Forecast:
 
     def step_s(self, slot: int, batch: int, kv_tokens: int) -> float:
         """Seconds of a step of this engine with so many answers, whose KV is so many tokens."""
-        a, b, c = self._steps[slot].latest or STEPS
+        a, b, c = self._line(self._steps[slot], self._any_steps)
         return a + b * batch + c * kv_tokens
 
     def writing(self, slot: int) -> int:
@@ -576,7 +589,7 @@ class Forecast:
             most: requests that it takes, 0 if unknown.
         """
         context = self.context_tokens
-        a, b, c = self._steps[slot].latest or STEPS
+        a, b, c = self._line(self._steps[slot], self._any_steps)
         each = b + c * context
         limit_s = max(limit_s, ALONE_TIMES * (a + each))
         batch = (limit_s - a) / each if each > 0.0 else float(BATCH_LIMIT)
@@ -624,6 +637,14 @@ class Forecast:
             for slot, fit in enumerate(fits):
                 if not fit.samples:
                     fits[slot] = self._new(fits, line, points)
+        self._any_reads = self._best(self._reads, READS)
+        self._any_steps = self._best(self._steps, STEPS)
+
+    @staticmethod
+    def _best(fits: list[Fit], line: Line) -> Line:
+        """The line of the engine that was measured most often, if that was often enough."""
+        best = max(fits, key=lambda fit: fit.samples)
+        return best.latest if best.samples >= ENOUGH and best.latest is not None else line
 
     def known(self, slot: int, *, now: float) -> Known:
         """What is known of an engine."""
