@@ -97,7 +97,7 @@ def test_help_lists_the_commands_that_exist_and_no_stub(tmp_path: Path) -> None:
     assert result.returncode == 0
     listed = [line.split()[0] for line in result.stdout.partition("Commands:")[2].splitlines() if line.strip()]
     assert sorted(listed) == [
-        *("check", "drain", "flip", "hosts", "keygen", "kv", "restart", "serve", "status", "systemd", "token", "undrain", "up"),
+        *("check", "drain", "flip", "hosts", "keygen", "kv", "replay", "restart", "serve", "status", "systemd", "token", "undrain", "up"),
     ]
 
 

@@ -24,9 +24,10 @@ from tests.embedded.random_model import Pages, Pool
 
 pytestmark = [pytest.mark.reference, pytest.mark.filterwarnings("default")]
 NEAR_TIE = 1e-4
-ROUNDING = 5e-5
-"""Of the largest logit. The order in which products are summed up depends on the CPU: 2.4e-5 was seen on an AMD EPYC, 1e-5 on others; a
-mistake in the arithmetic makes it a hundred times more."""
+ROUNDING = 2e-4
+"""Of the largest logit. The order in which products are summed up depends on the CPU: most positions are within 1e-5 of what float64
+says, but a few are ill-conditioned. At the worst one (token 171 of `llama-tied`) transformers is off by 6e-6 and we are by 3e-5 where
+OpenBLAS takes its AVX2 kernels. A mistake in the arithmetic makes it a hundred times more."""
 NEW_TOKENS = 12
 CHUNKS = (512, 64, 7, 100)
 SHORT = (1, 2, 15, 16, 17, 40, 129, 300)
@@ -245,4 +246,4 @@ def test_logits_of_every_position(tmp_path: Path, torch: Any, transformers: Any)
         expected = reference(torch.tensor(prompt[None].astype(np.int64))).logits[0].numpy()
     pool = Pool(checkpoint)
     got = pool.prefill(prompt, pool.pages(200), 33, all_logits=True)
-    np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(got, expected, atol=ROUNDING * np.abs(expected).max())
