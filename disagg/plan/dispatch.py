@@ -221,8 +221,8 @@ class Dispatch:
         decode = choice.decode
         slot = decode.slot if choice.prefill is None else choice.prefill.slot
         held = outlook.cached(slot)
-        if self._refuse:
-            self._refuse_late(slot, outlook)
+        if self._refuse and (late_s := books.late_s(slot, outlook, books.slo.ttft_s)) > 0.0:
+            raise NoCapacityError(f"its first token would come {late_s:.1f} s too late", reason="late")
         if self._placement is Placement.PERFECT:
             reading = books.forecast.sent(slot, work.prompt - held, held, now=now)
         else:
@@ -234,13 +234,6 @@ class Dispatch:
             books.ledger.reserve(slot, prompt_tokens)
             books.in_flight.start(slot)
         return place
-
-    def _refuse_late(self, slot: int, outlook: Outlook) -> None:
-        """As the live router does: what the prompt itself takes is its own affair, and a prediction must be one that can be trusted."""
-        limit_s = self.books.slo.ttft_s
-        late_s = outlook.first_token_s(slot) + self.books.forecast.late_s(slot) - limit_s
-        if late_s > 0.0 and outlook.wait_s(slot) > limit_s / 2 and not self.books.forecast.doubt(slot):
-            raise NoCapacityError(f"its first token would come {late_s:.1f} s too late", reason="late")
 
     def _full(self, view: EngineView | None, tokens: int) -> bool:
         return view is not None and not self.books.ledger.room(view, tokens, self.books.in_flight.now[view.slot])

@@ -122,6 +122,21 @@ class Books:
             now=now,
         )
 
+    def late_s(self, reader: int, outlook: Outlook, limit_s: float) -> float:
+        """By how much a first token would come too late because of those before it, seconds; 0 if in time.
+
+        What the prompt itself takes is its own affair: one that is alone is never too late. Nor is anything too late by a prediction that
+        is not to be trusted.
+
+        Args:
+            reader: the slot of the engine that would read the prompt.
+            outlook: of the request.
+            limit_s: how long a first token may take.
+        """
+        if outlook.wait_s(reader) <= limit_s / 2 or self.forecast.doubt(reader):
+            return 0.0
+        return max(0.0, outlook.first_token_s(reader) + self.forecast.late_s(reader) - limit_s)
+
     def cached(self, prompt: Prompt) -> Mapping[int, int]:
         """How many tokens of a prompt each engine holds, by slot; engines that hold none are left out."""
         if not prompt.names:

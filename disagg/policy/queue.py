@@ -646,7 +646,8 @@ class Queue:
         greedy = len(self._held) > 1 and self._held.get(entry.user, 0) > share
         status = 504 if reason is Reason.DEADLINE else 429 if greedy else 503
         base = min(max(1.0, over_s), RETRY_LIMIT_S)
-        retry_after_s = ceil(base + jitter * max(SPREAD_S, base / 2))  # who is told the same second would come in the same second
+        # Who is told the same second would come in the same second. But no more than twice what it takes: that would not be honest.
+        retry_after_s = ceil(base + jitter * min(base, max(SPREAD_S, base / 2)))
         self.history.append((now, entry.number, reason.value))
         return Shed(entry, status, retry_after_s, _sentence(reason, status, retry_after_s), reason)
 

@@ -14,14 +14,14 @@ import asyncio
 import re
 from collections.abc import Callable, Collection, Sequence
 from math import ceil, inf
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
 from disagg.errors import DeadlineError, DisaggError, NoCapacityError, ShareError
 from disagg.model import Choice, ClusterView, EngineId, EngineLoad, EngineState, EngineView, Pool, Role
 from disagg.policy.books import Books, Prompt
-from disagg.policy.forecast import Reading
+from disagg.policy.forecast import Outlook, Reading
 from disagg.policy.pace import Pace
 from disagg.policy.queue import RETRY_LIMIT_S, Aside, Entry, Place, Queue, Reason, Shed
 from disagg.policy.route import choose, pool_of
@@ -175,6 +175,21 @@ class Promise:
         return (self._decode_tokens if slot == self.choice.decode.slot else self._prefill_tokens) or 0
 
 
+class _Found(NamedTuple):
+    """Engines with room for a request.
+
+    Attributes:
+        choice: the engines.
+        prompt_tokens, tokens: what it takes of a prefill and of a decode engine.
+        outlook: what it would meet.
+    """
+
+    choice: Choice
+    prompt_tokens: int
+    tokens: int
+    outlook: Outlook
+
+
 class _Waiter:
     """Somebody in a queue."""
 
@@ -286,7 +301,7 @@ class Admission:
     def could_serve(self, wanting: Wanting, exclude: Collection[EngineId]) -> bool:
         """True when engines are there, with room or without. Raises UnknownModelError."""
         try:
-            self._choose(wanting, exclude)
+            self._choose(wanting, pool_of(self._view(), wanting.model), exclude)
         except NoCapacityError:
             return False
         return True
@@ -297,7 +312,7 @@ class Admission:
 
     def somebody(self, wanting: Wanting, exclude: Collection[EngineId]) -> EngineView:
         """An engine that knows the model, with room or without. Raises UnknownModelError, NoCapacityError."""
-        choice = self._choose(wanting, exclude)
+        choice = self._choose(wanting, pool_of(self._view(), wanting.model), exclude)
         return choice.prefill or choice.decode
 
     async def _wait(self, queue: Queue, wanting: Wanting, exclude: Exclude | None, *, again: bool) -> Promise:
@@ -383,10 +398,11 @@ class Admission:
         found = self._find(wanting, exclude)
         if found is None:
             return Aside.ASIDE if exclude and self._find(wanting, ()) is not None else None
-        choice, prompt_tokens, tokens = found = self._in_time(wanting, exclude, found)
+        found = self._in_time(wanting, exclude, found)
+        choice, prompt_tokens = found.choice, found.prompt_tokens
         prefill, decode = choice.prefill, choice.decode
         wanting.promised((decode.id,) if prefill is None else (prefill.id, decode.id))
-        promise = self._promise(choice, prompt_tokens, tokens)
+        promise = self._promise(choice, prompt_tokens, found.tokens)
         if prefill is not None or wanting.streams:
             promise.reading = self.books.sent(choice, _prompt(wanting, prompt_tokens), now=self._clock())
             if prefill is not None and not wanting.was_let_in:
@@ -395,33 +411,25 @@ class Admission:
             promise.read(self._clock(), whole=True)  # its first token will not be seen
         return promise
 
-    def _in_time(self, wanting: Wanting, exclude: Collection[EngineId], found: tuple[Choice, int, int]) -> tuple[Choice, int, int]:
+    def _in_time(self, wanting: Wanting, exclude: Collection[EngineId], found: _Found) -> _Found:
         """The engines that were found, or those of the other arm where these are too late. Raises NoCapacityError."""
         try:
-            self._refuse_late(wanting, found[0], found[1])
+            self._refuse_late(wanting, found)
         except NoCapacityError:
             other = None if wanting.arm is None else self._find(wanting, exclude, compared=False)
             if other is None:
                 raise
-            self._refuse_late(wanting, other[0], other[1])
+            self._refuse_late(wanting, other)
             return other
         return found
 
-    def _refuse_late(self, wanting: Wanting, choice: Choice, tokens: int) -> None:
-        """Nobody is let in whose first token would come too late for those before it. Raises NoCapacityError.
-
-        What the prompt itself takes is its own affair: one that is alone is never too late. Nor is anybody refused for a prediction that
-        is not to be trusted, or that was let in before.
-        """
-        reader = (choice.prefill or choice.decode).slot
-        books, now = self.books, self._clock()
-        wait_s = books.forecast.wait_s(reader, now=now)
-        limit_s = books.slo.ttft_s * _patience(wanting.priority)
-        if wait_s <= limit_s / 2 or books.forecast.doubt(reader):
+    def _refuse_late(self, wanting: Wanting, found: _Found) -> None:
+        """Nobody is let in whose first token would come too late, but who was before. Raises NoCapacityError."""
+        if wanting.was_let_in:
             return
-        soon_s = books.outlook(_prompt(wanting, tokens), now=now).first_token_s(reader)
-        late_s = soon_s + books.forecast.late_s(reader) - limit_s
-        if late_s <= 0.0 or wanting.was_let_in:
+        limit_s = self.books.slo.ttft_s * _patience(wanting.priority)
+        late_s = self.books.late_s((found.choice.prefill or found.choice.decode).slot, found.outlook, limit_s)
+        if late_s <= 0.0:
             return
         self._count_refused(wanting, writes=False)  # it is the prefill engines that there are too few of
         raise NoCapacityError(
@@ -447,41 +455,50 @@ class Admission:
             tokens = self._price(wanting, decode.facts.model, decode.facts.context_tokens)[0]
             self.books.asked(decode.facts.model, self.books.forecast.busy_s(prefill.slot, tokens), decode, writes=writes, now=self._clock())
 
-    def _find(self, wanting: Wanting, exclude: Collection[EngineId], *, compared: bool = True) -> tuple[Choice, int, int] | None:
-        """Engines with room, and the tokens of a prefill and of a decode engine; not `compared`: of any arm. Raises UnknownModelError."""
+    def _find(self, wanting: Wanting, exclude: Collection[EngineId], *, compared: bool = True) -> _Found | None:
+        """Engines with room; not `compared`: of any arm. Raises UnknownModelError."""
         try:
-            choice = self._choose(wanting, exclude, compared=compared)
-            prefill, decode = choice.prefill, choice.decode
-            prompt_tokens, tokens = self._price(wanting, decode.facts.model, decode.facts.context_tokens)
-            if self._is_full(decode, tokens) or (prefill is not None and self._is_full(prefill, prompt_tokens)):
-                choice = self._choose(wanting, [*exclude, *self._all_full(wanting, prompt_tokens, tokens)], compared=compared)
+            pool = pool_of(self._view(), wanting.model)
         except NoCapacityError:
             return None
-        return choice, prompt_tokens, tokens
+        some = (pool.decode or pool.unified)[0].facts
+        prompt_tokens, tokens = self._price(wanting, some.model, some.context_tokens)
+        were_full = bool(self.waiting)  # then they probably are again, and a choice among them would be in vain
+        if were_full:
+            exclude = [*exclude, *self._all_full(pool, prompt_tokens, tokens)]
+            if not _any_left(pool, exclude):
+                return None
+        outlook = self.books.outlook(_prompt(wanting, prompt_tokens), now=self._clock())
+        try:
+            choice = self._choose(wanting, pool, exclude, outlook, compared=compared)
+            prefill, decode = choice.prefill, choice.decode
+            if decode.facts is not some:
+                prompt_tokens, tokens = self._price(wanting, decode.facts.model, decode.facts.context_tokens)
+            if self._is_full(decode, tokens) or (prefill is not None and self._is_full(prefill, prompt_tokens)):
+                full = self._all_full(pool, prompt_tokens, tokens)
+                choice = self._choose(wanting, pool, [*exclude, *full], outlook, compared=compared)
+        except NoCapacityError:
+            return None
+        return _Found(choice, prompt_tokens, tokens, outlook)
 
-    def _choose(self, wanting: Wanting, exclude: Collection[EngineId], *, compared: bool = True) -> Choice:
-        pool = pool_of(self._view(), wanting.model)
+    def _choose(
+        self, wanting: Wanting, pool: Pool, exclude: Collection[EngineId], outlook: Outlook | None = None, *, compared: bool = True
+    ) -> Choice:
+        if outlook is not None and not _is_choice(pool):
+            outlook = None  # an only pair is the best there is
         arm = _arm(pool, wanting.arm if compared else None)
+        in_flight, unified_only = self.books.in_flight, wanting.unified_only
         if arm is not pool:
             try:
-                return self._choose_from(arm, wanting, exclude)
+                return choose(arm, in_flight, exclude=exclude, unified_only=unified_only, outlook=outlook)
             except NoCapacityError:
                 pass  # better in the other arm than not at all
-        return self._choose_from(pool, wanting, exclude)
-
-    def _choose_from(self, pool: Pool, wanting: Wanting, exclude: Collection[EngineId]) -> Choice:
-        outlook = None
-        if _is_choice(pool):
-            some = (pool.decode or pool.unified)[0].facts
-            tokens = self._price(wanting, some.model, some.context_tokens)[0]
-            outlook = self.books.outlook(_prompt(wanting, tokens), now=self._clock())
-        return choose(pool, self.books.in_flight, exclude=exclude, unified_only=wanting.unified_only, outlook=outlook)
+        return choose(pool, in_flight, exclude=exclude, unified_only=unified_only, outlook=outlook)
 
     def _is_full(self, engine: EngineView, tokens: int) -> bool:
         return not self.books.ledger.room(engine, tokens, self.books.in_flight.now[engine.slot])
 
-    def _all_full(self, wanting: Wanting, prompt_tokens: int, tokens: int) -> list[EngineId]:
-        pool = pool_of(self._view(), wanting.model)
+    def _all_full(self, pool: Pool, prompt_tokens: int, tokens: int) -> list[EngineId]:
         needs = ((pool.prefill, prompt_tokens), (pool.decode, tokens), (pool.unified, tokens))
         return [e.id for engines, tokens in needs for e in engines if self._is_full(e, tokens)]
 
@@ -662,8 +679,17 @@ def _arm(pool: Pool, unified: bool | None) -> Pool:
     return Pool(unified=pool.unified) if unified else msgspec.structs.replace(pool, unified=())
 
 
+def _any_left(pool: Pool, closed: Collection[EngineId]) -> bool:
+    """Some of the engines can serve without those that are closed."""
+
+    def some(engines: Sequence[EngineView]) -> bool:
+        return any(engine.id not in closed for engine in engines)
+
+    return some(pool.unified) or (some(pool.prefill) and some(pool.decode))
+
+
 def _is_choice(pool: Pool) -> bool:
-    """There is something to choose: an only pair is the best there is."""
+    """There is something to choose."""
     return len(pool.prefill) > 1 or len(pool.decode) > 1 or len(pool.unified) > 1 or bool(pool.unified and pool.decode)
 
 
