@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import msgspec
 import pytest
 
 from disagg.model import ClusterView, EngineAddress, EngineFacts, EngineId, EngineLoad, EngineState, EngineView, HostId, Role
@@ -88,6 +89,20 @@ def test_the_engine_that_moves_is_the_one_with_the_least_to_lose() -> None:
 def test_what_nobody_here_may_move_is_not_moved() -> None:
     view = ClusterView.of([engine(0, P, owned=False), engine(1, P, EngineState.DRAINING), engine(2, P), engine(3, D)])
     assert mover(view, MODEL, P, books_of(view), busy={EngineId("e2")}, now=0.0) is None
+
+
+def test_engines_over_several_hosts_are_moved_by_hand_only() -> None:
+    one, other = engine(2, D), engine(3, D)
+    part = msgspec.structs.replace(other, facts=msgspec.structs.replace(other.facts, part=1))
+
+    def told(*more: EngineView) -> tuple[str, bool]:
+        view = ClusterView.of([engine(0, P), engine(1, P), one, *more])
+        books = books_of(view)
+        situation = situation_of(view, MODEL, books, moving={}, waiting=0, flip_s=1.0, horizon_s=1.0, now=0.0)
+        return situation.unknown, mover(view, MODEL, P, books, busy=(), now=0.0) is not None
+
+    assert told(other) == ("how long prompts take was not measured yet", True)
+    assert told(part) == ("there are engines over several hosts, which are moved by hand only", False)
 
 
 def test_a_cache_is_worth_what_it_saves_and_at_most_what_it_took_to_fill_it() -> None:

@@ -168,7 +168,7 @@ class Situation(msgspec.Struct, frozen=True):
         waiting: requests that wait for room.
         flip_s: what the last move took, or is expected to.
         lost: the pool that had engines and has none any more, for a while, so that nothing can be served; None where there is no such.
-        unknown: why it cannot be foretold how long engines take; empty where it can.
+        unknown: why too little is known, or can be done, to move any; empty where that is not so.
         lost_cache_s: prefill time that the prefix cache of the engine would save within a horizon.
     """
 

@@ -67,7 +67,7 @@ def situation_of(
         waiting=waiting,
         flip_s=flip_s,
         lost=lost,
-        unknown=_unknown(prefill, decode, books),
+        unknown=_by_hand(view, model) or _unknown(prefill, decode, books),
         lost_cache_s=min((books.worth_s(e, horizon_s) for e in readers), default=0.0),
     )
 
@@ -77,6 +77,12 @@ def _offered(books: Books, model: str, decode: Sequence[EngineView], flip_s: flo
     demand = books.demand(model)
     prefill_s, decode_s = demand.expected(now, flip_s) if demand is not None else (0.0, 0.0)
     return prefill_s, max(decode_s, books.writers_busy(decode))
+
+
+def _by_hand(view: ClusterView, model: str) -> str:
+    """An order to one host does not reach the other hosts of its engine, and nobody would be there to see that."""
+    several = any(e.facts.part and e.facts.model in {model, ""} for e in view.engines)
+    return "there are engines over several hosts, which are moved by hand only" if several else ""
 
 
 def _unknown(prefill: Sequence[EngineView], decode: Sequence[EngineView], books: Books) -> str:
@@ -133,6 +139,6 @@ def mover(view: ClusterView, model: str, role: Role, books: Books, *, busy: Coll
 
     pool = view.pools.get(model)
     ready = () if pool is None else pool.prefill if role is Role.PREFILL else pool.decode
-    if pool is None or pool.islands or len(ready) < 2:
+    if pool is None or pool.islands or len(ready) < 2 or _by_hand(view, model):
         return None
     return min((e for e in ready if e.host and e.owned and e.id not in busy), key=loss, default=None)
