@@ -55,12 +55,14 @@ class World:
     Args:
         engines: those that read; the slots after them write.
         links: seconds for each token from one slot to another.
+        rtts: seconds for each prompt, in the same way.
         noise: of the length of a pass, relative.
     """
 
     def __init__(self, *engines: Engine, links: dict[tuple[int, int], float] | None = None, seed: int = 0, noise: float = 0.03) -> None:
         self.engines = engines
         self.links = links or {}
+        self.rtts: dict[tuple[int, int], float] = {}
         self.chance = random.Random(seed)
         self.noise = noise
         self.now = 0.0
@@ -121,7 +123,8 @@ class World:
     def _end(self, slot: int, some: list[Prompt]) -> None:
         for prompt in some:
             reading = prompt.reading
-            way = self.links.get((slot, -1 if prompt.decode is None else prompt.decode), 0.0) * (reading.new + reading.cached)
+            over = (slot, -1 if prompt.decode is None else prompt.decode)
+            way = self.rtts.get(over, 0.0) + self.links.get(over, 0.0) * (reading.new + reading.cached)
             self.after(way + self.chance.uniform(0.0, 0.001), lambda prompt=prompt: self._arrive(prompt))  # type: ignore[misc]
         self.engines[slot].busy = False
         self._begin(slot)
@@ -358,14 +361,23 @@ def test_an_engine_that_hangs_loses_its_attraction_before_it_has_finished_anythi
 # --- links
 
 
-def paired(links: dict[tuple[int, int], float], share: float, seed: int = 0, seconds: float = 120.0) -> World:
+def paired(
+    links: dict[tuple[int, int], float],
+    share: float,
+    seed: int = 0,
+    seconds: float = 120.0,
+    *,
+    rtts: dict[tuple[int, int], float] | None = None,
+    most: int = 4000,
+) -> World:
     """One engine that reads for two that write, in slots 1 and 2."""
     world = World(Engine(GPU), links=links, seed=seed)
+    world.rtts = rtts or {}
     gap_s = 0.12 / share
 
     def one() -> None:
         if world.now < seconds:
-            world.send(0, world._size(100, 4000), decode=world.chance.choice((1, 2)))
+            world.send(0, world._size(100, most), decode=world.chance.choice((1, 2)))
             world.after(world.chance.expovariate(1 / gap_s), one)
 
     one()
@@ -384,6 +396,15 @@ def test_a_slow_link_is_told_apart_from_its_engine(share: float, slow: float) ->
     assert median(prompt.error for prompt in late) < 0.1
     outlook = Outlook(world.forecast, tokens=1000, cached={0: 500}, batches=(0, 0, 0), kv=(0, 0, 0), now=world.now)
     assert outlook.link_s(0, 2) == world.forecast.link_s(0, 2, 1000), "the KV of what was cached has the same way to go"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_long_way_costs_long_prompts_no_more_than_short_ones(seed: int) -> None:
+    """As over a tunnel: what every prompt waits for is not what every token waits for."""
+    world = paired({}, 0.3, seed, rtts={(0, 2): 0.08}, most=2000)
+    assert world.forecast.link_s(0, 2, 200) == pytest.approx(0.08, abs=0.02)
+    assert world.forecast.link_s(0, 2, 8000) < 0.16, "were it the tokens', it would be most of a second"
+    assert world.forecast.links(0)[1] == (0.0, 0.0)
 
 
 def test_without_its_links_the_engine_would_be_blamed(monkeypatch: pytest.MonkeyPatch) -> None:

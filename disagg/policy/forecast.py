@@ -32,6 +32,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
+from statistics import median
 
 import msgspec
 
@@ -56,6 +57,8 @@ TOGETHER_LIMIT = 8
 together and arrived one after the other. But not more than so many: the engine may have become faster."""
 LINK_SAMPLES = 9
 """The newest ones of a link; the middle one counts."""
+LINK_WIDE = 4.0
+"""Where the longest prompt seen on a link is so many times the shortest one, what each takes is told apart from what each token takes."""
 LINK_S = 600.0
 """A link of which nothing was seen for so long may have been mended since, and nobody would know: it was not used for being slow."""
 _LATE_SHARE = 0.1
@@ -148,7 +151,8 @@ class _Link:
     Attributes:
         travels: the newest ones.
         at: when the last one was seen.
-        late: seconds for each token of the prompt, more than over the fastest link of the same engine.
+        late: seconds for each prompt, and for each of its tokens, more than over the fastest link of the same engine; either may be less
+            than 0 if the other is not. The fastest one is that of a prompt of the usual length.
     """
 
     __slots__ = ("at", "late", "travels")
@@ -156,7 +160,10 @@ class _Link:
     def __init__(self) -> None:
         self.travels: deque[_Travel] = deque(maxlen=LINK_SAMPLES)
         self.at = -math.inf
-        self.late = 0.0
+        self.late = (0.0, 0.0)
+
+    def late_s(self, tokens: float) -> float:
+        return self.late[0] + self.late[1] * tokens
 
 
 class Outlook:
@@ -455,19 +462,19 @@ class Forecast:
         """
         found = []
         for link in self._links[slot].values():
-            link.late = 0.0
+            link.late = (0.0, 0.0)
             tokens, late = [], []
             for travel in link.travels:
                 says, n = self.pass_s(slot, travel.new, travel.cached), travel.new + travel.cached
                 if travel.said < SHIFT * says and says < SHIFT * travel.said:
                     tokens.append(float(n))
-                    late.append((travel.seconds - says) / n)
+                    late.append(travel.seconds - says)
             if late:
-                link.late = middle(late, tokens)
+                link.late = _late_line(tokens, late)
                 found.append(link)
-        least = min((link.late for link in found), default=0.0)
+        rtt_s, token_s = min(found, key=lambda link: link.late_s(self._prompt)).late if found else (0.0, 0.0)
         for link in found:
-            link.late -= least
+            link.late = link.late[0] - rtt_s, link.late[1] - token_s
 
     @staticmethod
     def _line(fit: Fit, of_others: Line) -> Line:
@@ -504,7 +511,15 @@ class Forecast:
     def link_s(self, prefill: int, decode: int, tokens: int) -> float:
         """Seconds that a prompt of so many tokens, cached ones with them, takes longer than over the fastest link of its reader."""
         link = self._links[prefill].get(decode)
-        return 0.0 if link is None else link.late * tokens
+        return 0.0 if link is None else max(0.0, link.late_s(tokens))
+
+    def links(self, prefill: int) -> dict[int, tuple[float, float]]:
+        """The links of an engine that reads, by the slot of who writes.
+
+        Returns:
+            Seconds for each prompt and for each of its tokens, more than over the fastest of these links (0 and 0).
+        """
+        return {decode: link.late for decode, link in self._links[prefill].items()}
 
     def late_s(self, slot: int) -> float:
         """Seconds by which nearly all prompts that had to wait for this engine came no later than foretold; never below 0.
@@ -677,3 +692,21 @@ class Forecast:
 
     def __repr__(self) -> str:
         return f"<Forecast engines={len(self._reads)} reading={sum(map(len, self._queue))} writing={sum(self._writing)}>"
+
+
+def _late_line(tokens: Sequence[float], late: Sequence[float]) -> tuple[float, float]:
+    """Seconds for each prompt and for each of its tokens.
+
+    The middle one of the slopes between any two prompts of which one is at least twice as long as the other (Theil, 1950; Sen, 1968), and
+    the middle one of what that leaves. Where all are about as long these cannot be told apart, and all of it is taken to be the tokens'.
+
+    Args:
+        tokens: of each prompt, shape (n,) with n > 0.
+        late: what each took longer than its engine's line says, seconds, shape (n,).
+    """
+    if max(tokens) < LINK_WIDE * min(tokens):
+        return 0.0, middle([each / n for n, each in zip(tokens, late, strict=True)], tokens)
+    points = sorted(zip(tokens, late, strict=True))
+    slopes = [(b - a) / (m - n) for i, (n, a) in enumerate(points) for m, b in points[i + 1 :] if m >= 2.0 * n]
+    token_s = median(slopes)
+    return median(each - token_s * n for n, each in points), token_s

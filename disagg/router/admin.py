@@ -133,12 +133,12 @@ class _Looks:
     async def _get_cluster(self, _: web.Request) -> web.Response:
         metrics, why = self._metrics, self._why_not_ready()
         requests = {"inflight": metrics.inflight, "waiting": metrics.waiting(), "sent_away": metrics.shed.total()}
-        cluster = cluster_json(self._view(), self._prefixes)
-        books, now = self._relay.admission.books, self._relay.clock()
-        for row, engine in zip(cluster["engines"], self._view().engines, strict=True):
-            row["forecast"] = forecast_json(books, engine, now)
+        view, books, now = self._view(), self._relay.admission.books, self._relay.clock()
+        cluster = cluster_json(view, self._prefixes)
+        for row, engine in zip(cluster["engines"], view.engines, strict=True):
+            row["forecast"] = forecast_json(books, engine, view, now)
         standings = [rounded(msgspec.to_builtins(standing)) for standing in self._standings()]
-        pools = self._view().pools
+        pools = view.pools
         alone = {model: tokens for model, pool in pools.items() if (tokens := books.unified_up_to(pool, now=now)) is not None}
         more = {"unified_up_to_tokens": alone} if alone else {}
         more |= {"ab": self._compared()} if self._relay.admission.compares else {}
@@ -288,8 +288,11 @@ def cluster_json(view: ClusterView, prefixes: PrefixIndex) -> dict[str, Any]:
     return {"hosts": joined + given, "engines": engines, "quarantined": bad, "cut": cut}
 
 
-def forecast_json(books: Books, engine: EngineView, now: float) -> dict[str, Any] | None:
-    """What is known of how long an engine takes; None before it was in any view that requests saw."""
+def forecast_json(books: Books, engine: EngineView, view: ClusterView, now: float) -> dict[str, Any] | None:
+    """What is known of how long an engine takes; None before it was in any view that requests saw.
+
+    The links of one that reads say what each prompt, and each of its tokens, takes more than over its fastest link, seconds.
+    """
     if engine.slot >= books.forecast.engines:
         return None
     known = books.forecast.known(engine.slot, now=now)
@@ -298,6 +301,10 @@ def forecast_json(books: Books, engine: EngineView, now: float) -> dict[str, Any
     for name in lines:
         trust = getattr(known, f"{name}_trust")
         shown[name] = {"line": getattr(known, name), "samples": trust.samples, "error": trust.error, "doubt": trust.doubt}
+    if engine.address.role is Role.PREFILL:
+        names = {e.slot: e.id for e in view.engines}
+        links = books.forecast.links(engine.slot).items()
+        shown["links"] = {names[slot]: {"rtt_s": rtt_s, "token_s": token_s} for slot, (rtt_s, token_s) in links if slot in names}
     return rounded(shown)  # type: ignore[no-any-return]
 
 

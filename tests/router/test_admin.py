@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from disagg.cluster import orphans
 from tests.fake_engine import Call, answer_well, until
 from tests.router.conftest import CHAT, Rig, running_rig
+from tests.router.test_lost import relay_of
 
 
 async def test_the_cluster_is_shown_as_the_contract_says(rig: Rig) -> None:
@@ -24,6 +25,20 @@ async def test_the_cluster_is_shown_as_the_contract_says(rig: Rig) -> None:
     assert (engine["role"], engine["state"], engine["model"]) == ("decode", "ready", "fake")
     assert set(engine["load"]) == {"running", "waiting", "kv_used_tokens", "kv_total_tokens", "kv_quarantined_tokens"}
     assert engine["load"]["kv_total_tokens"] == 16384
+
+
+async def test_an_engine_that_reads_has_its_line_and_its_links_told(rig: Rig) -> None:
+    async with await rig.post({**CHAT, "stream": True}) as response:
+        await response.read()
+    forecast = relay_of(rig).admission.books.forecast
+    forecast.tick(relay_of(rig).clock() + 1.0)  # the pass is over, and its link judged
+    async with await rig.session.get(rig.admin + "/admin/cluster") as response:
+        told = {e["id"]: e["forecast"] for e in (await response.json())["engines"]}
+    assert set(told["prefill-0"]) == {"backlog_s", "reads", "links"}
+    assert told["prefill-0"]["reads"]["samples"] == 1
+    assert "another machine" in told["prefill-0"]["reads"]["doubt"]
+    assert told["prefill-0"]["links"] == {"decode-0": {"rtt_s": 0.0, "token_s": 0.0}}, "the only one is the fastest"
+    assert set(told["decode-0"]) == {"backlog_s", "steps"}
 
 
 async def test_who_is_sent_away_is_counted_and_told_in_one_line_for_many() -> None:
