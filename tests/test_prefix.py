@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from hashlib import blake2b
+from typing import Any
 
 import pytest
 
@@ -112,15 +114,15 @@ def test_a_prompt_of_ids_is_found_as_far_as_an_engine_stored_it(seed: int) -> No
 
 def test_a_prompt_that_nobody_holds_costs_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
     index = PrefixIndex()
-    made: list[int] = []
+    made: list[bytes] = []
 
-    def count(parent: int, _: bytes) -> int:
-        made.append(parent)
-        return 2**63
+    def count(content: bytes, digest_size: int) -> Any:
+        made.append(content)
+        return blake2b(content, digest_size=digest_size)
 
     for number in range(16):
         index.take_snapshot(KvSnapshot(1, "n", EngineId(f"e{number}"), 1, 1, 0, 1, PAGE, pack(range(number, 1000)), known=True))
-    monkeypatch.setattr("disagg.policy.prefix._name", count)
+    monkeypatch.setattr("disagg.policy.prefix.blake2b", count)
     assert set(index.leading(Ids(PROMPT)).values()) == {(0, PAGE)}
     assert len(made) == 1
 

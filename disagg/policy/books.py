@@ -41,8 +41,8 @@ SETTLE_S = 5.0
 """An engine holds less when it has said so for this long: what it has just read, it tells a moment after its promise has ended."""
 TOLD_S = 2.0
 """Within this an engine that has read a prompt has told of it: its batch of events, the agent's word."""
-UNTOLD_LIMIT = 32
-"""Prompts of which an engine has not told yet, the newest ones."""
+UNTOLD_LIMIT = 256
+"""Prompts of which engines have not told yet, the newest ones."""
 
 
 class Slo(msgspec.Struct, frozen=True):
@@ -90,15 +90,17 @@ class _Peak:
         return max(self._before, self._most)
 
 
-class _Untold(msgspec.Struct, frozen=True):
+class _Untold(msgspec.Struct, frozen=True, eq=False):
     """A prompt that an engine reads, or of which it could not tell yet.
 
     Attributes:
+        slot: of the engine.
         ids: the prompt.
         held: tokens of it that the engine said it held when the prompt was sent.
         until: when it must have told.
     """
 
+    slot: int
     ids: Ids
     held: int
     until: float
@@ -127,7 +129,8 @@ class Books:
         self._slots: dict[EngineId, int] = {}  # of those that were heard of
         self._cleared: dict[int, int] = {}
         self._peaks: dict[int, _Peak] = {}
-        self._untold: dict[int, deque[_Untold]] = {}
+        self._untold: dict[bytes, list[_Untold]] = {}  # by how the prompts begin
+        self._untold_order: deque[_Untold] = deque()
         self._window_s = window_s
         self.comparison = Comparison(self.slo.ttft_s, self.slo.itl_s)
         self._demands: dict[str, Demand] = {}
@@ -151,7 +154,10 @@ class Books:
 
     def _forget_said(self, slot: int) -> None:
         self._peaks.pop(slot, None)
-        self._untold.pop(slot, None)
+        gone = [one for one in self._untold_order if one.slot == slot]
+        for one in gone:
+            self._untold_order.remove(one)
+            self._forget_untold(one)
 
     def emptied(self, engine: EngineView) -> None:
         """The engine's prefix cache holds nothing any more, but for what is being read: the newest of what it was sent."""
@@ -206,36 +212,49 @@ class Books:
         found = self.cached(prompt)
         if prompt.ids is None:
             return found, ()
-        return self._told(prompt.ids, found, now)
+        return self._told(prompt.ids, found, self.prefixes.leading(prompt.ids), now)
 
-    def _told(self, ids: Ids, guess: Mapping[int, int], now: float) -> tuple[Mapping[int, int], Collection[int]]:
-        found, told = dict(guess), set()
-        for engine, (said, block_size) in self.prefixes.leading(ids).items():
+    def _told(
+        self, ids: Ids, guess: Mapping[int, int], leading: Mapping[EngineId, tuple[int, int]], now: float
+    ) -> tuple[Mapping[int, int], Collection[int]]:
+        found, told, coming = dict(guess), [], self._coming(ids, now)
+        for engine, (said, block_size) in leading.items():
             slot = self._slots.get(engine)
             if slot is None:
                 continue
             held = said
             if ids.kept < ids.count and said + block_size > ids.kept:
                 held = max(said, guess.get(slot, 0))  # what is behind the ids that are kept is nobody's exact word
-            coming = self._coming(slot, ids, said, now)
-            if coming >= held + max(1, block_size):
-                found[slot] = coming
+            before, shared = coming.get(slot, (0, 0))
+            if said <= before and shared >= held + max(1, block_size):  # else it has told of it
+                found[slot] = shared
             else:
                 found[slot] = held
-                told.add(slot)
+                told.append(slot)
         return found, told
 
-    def _coming(self, slot: int, ids: Ids, said: int, now: float) -> int:
-        """How many leading tokens of a prompt the engine will hold by what it was sent and has not told of yet."""
-        untold, most = self._untold.get(slot), 0
-        if untold is None:
-            return 0
-        while untold and untold[0].until <= now:
-            untold.popleft()
-        for one in untold:
-            if said <= one.held:  # else it has told of this one
-                most = max(most, one.ids.shared(ids))
+    def _coming(self, ids: Ids, now: float) -> dict[int, tuple[int, int]]:
+        """By slot: what the engine said it held, and what it will hold of a prompt by what it was sent and could not tell of yet."""
+        most: dict[int, tuple[int, int]] = {}
+        for one in self._untold.get(ids.head, ()):
+            if one.until > now:
+                shared = one.ids.shared(ids)
+                if shared > most.get(one.slot, (0, 0))[1]:
+                    most[one.slot] = (one.held, shared)
         return most
+
+    def _will_tell(self, one: _Untold, now: float) -> None:
+        known, order = self._untold, self._untold_order
+        known.setdefault(one.ids.head, []).append(one)
+        order.append(one)
+        while order[0].until <= now or len(order) > UNTOLD_LIMIT:
+            self._forget_untold(order.popleft())
+
+    def _forget_untold(self, one: _Untold) -> None:
+        alike = self._untold[one.ids.head]
+        alike.remove(one)
+        if not alike:
+            del self._untold[one.ids.head]
 
     def unified_up_to(self, pool: Pool, *, now: float) -> int | None:
         """The longest prompt, in tokens, that a unified engine serves better than a pair as things stand.
@@ -259,7 +278,11 @@ class Books:
         """A prompt goes to these engines; the one that reads it holds it from then on."""
         engine = choice.prefill or choice.decode
         reader = engine.slot
-        cached = min(self.held(prompt, now=now)[0].get(reader, 0), max(0, prompt.tokens - 1))
+        held, said = self.cached(prompt), None
+        if prompt.ids is not None:
+            said = self.prefixes.leading(prompt.ids, engine.id)
+            held = self._told(prompt.ids, held, said, now)[0]
+        cached = min(held.get(reader, 0), max(0, prompt.tokens - 1))
         if prompt.names or prompt.ids is not None:
             if reader in self._peaks:
                 self.holds(engine, now=now)  # it holds little and is to hold this: what it was promised changed since its last report
@@ -268,10 +291,9 @@ class Books:
             self.prompt_tokens += prompt.tokens
             self._hit_share += _HIT_SHARE * (cached / max(1, prompt.tokens) - self._hit_share)
         reading = self.forecast.sent(reader, prompt.tokens - cached, cached, now=now)
-        said = None if prompt.ids is None else self.prefixes.said(engine.id, prompt.ids)
-        if prompt.ids is not None and said is not None:
+        if prompt.ids is not None and said:
             until = now + 2.0 * (reading.wait_s + reading.busy_s) + TOLD_S
-            self._untold.setdefault(reader, deque(maxlen=UNTOLD_LIMIT)).append(_Untold(prompt.ids, said, until))
+            self._will_tell(_Untold(reader, prompt.ids, said[engine.id][0], until), now)
         return reading
 
     def worth_s(self, engine: EngineView, horizon_s: float) -> float:
@@ -344,6 +366,8 @@ class Books:
         self.ledger.check()
         self.forecast.check()
         self.history.check()
+        assert sum(map(len, self._untold.values())) == len(self._untold_order) <= UNTOLD_LIMIT
+        assert all(self._untold.values())
 
     def __repr__(self) -> str:
         return f"<Books {self.ledger!r} {self.forecast!r} {self.history!r}>"

@@ -33,6 +33,7 @@ BLOCKS_LIMIT = 4_000_000
 PARTS_LIMIT = 4096
 RESYNC_S = 1.0
 HASH_BYTES = 8
+_HEAD = 16
 IDS_NAMED = 16_384
 """Of one prompt: naming a page of 16 takes a microsecond."""
 
@@ -58,11 +59,8 @@ def block_hash(parent: int, tokens: Sequence[int]) -> int:
     Raises:
         struct.error: a token id is no number of 32 bits.
     """
-    return _name(parent, struct.pack(f"<{len(tokens)}I", *tokens))
-
-
-def _name(parent: int, packed: bytes) -> int:
-    return int.from_bytes(blake2b(parent.to_bytes(HASH_BYTES, "big") + packed, digest_size=HASH_BYTES).digest(), "big")
+    content = struct.pack(f"<{len(tokens)}I", *tokens)
+    return int.from_bytes(blake2b(parent.to_bytes(HASH_BYTES, "big") + content, digest_size=HASH_BYTES).digest(), "big")
 
 
 def hashes(tokens: Sequence[int], block_size: int, salt: str = "", adapter: str = "") -> list[int]:
@@ -116,12 +114,13 @@ class Ids:
     Attributes:
         count: how many it has in all.
         kept: of how many of them something can be said.
+        head: how it begins: prompts that share less than this share nothing that is worth a look.
 
     Raises:
         OverflowError: a token id is no number of 32 bits.
     """
 
-    __slots__ = ("_names", "_packed", "count", "kept")
+    __slots__ = ("_names", "_packed", "count", "head", "kept")
 
     def __init__(self, tokens: Sequence[int], count: int | None = None) -> None:
         packed = array("I", tokens[:IDS_NAMED])
@@ -130,6 +129,7 @@ class Ids:
         self.kept = len(packed)
         self.count = len(tokens) if count is None else count
         self._packed = packed.tobytes()
+        self.head = self._packed[: 4 * _HEAD]
         self._names: dict[int, list[int]] = {}  # by block size, the first block first
 
     def held(self, blocks: AbstractSet[int], block_size: int) -> int:
@@ -139,11 +139,12 @@ class Ids:
             if name not in blocks:
                 return count * block_size
         count, packed, step = len(names), self._packed, 4 * block_size
-        parent = names[-1] if names else ROOT
-        while (count + 1) * step <= len(packed):
-            parent = _name(parent, packed[count * step : (count + 1) * step])
-            names.append(parent)
-            if parent not in blocks:
+        digest = (names[-1] if names else ROOT).to_bytes(HASH_BYTES, "big")
+        for start in range(count * step, len(packed) - step + 1, step):
+            digest = blake2b(digest + packed[start : start + step], digest_size=HASH_BYTES).digest()  # as `block_hash` does it
+            name = int.from_bytes(digest, "big")
+            names.append(name)
+            if name not in blocks:
                 break
             count += 1
         return count * block_size
@@ -152,8 +153,6 @@ class Ids:
         """With how many tokens both begin."""
         mine, others = self._packed, other._packed
         low, high = 0, min(self.kept, other.kept)
-        if mine[:64] != others[:64]:  # most differ soon
-            high = min(high, 15)
         while low < high:
             middle = (low + high + 1) // 2
             if mine[4 * low : 4 * middle] == others[4 * low : 4 * middle]:
@@ -370,17 +369,17 @@ class PrefixIndex:
                 count += 1
         return count
 
-    def leading(self, ids: Ids) -> dict[EngineId, tuple[int, int]]:
+    def leading(self, ids: Ids, only: EngineId | None = None) -> dict[EngineId, tuple[int, int]]:
         """How many leading tokens of a prompt each engine holds, and its block size; those of which that is not known are left out.
 
-        It is for prompts without salt and adapter.
+        Args:
+            ids: of a prompt without salt and adapter.
+            only: the engine that is asked for; None for all.
         """
-        return {e: (_held(entry, ids), entry.block_size) for e, entry in self._entries.items() if entry.known}
-
-    def said(self, engine: EngineId, ids: Ids) -> int | None:
-        """The same of one engine; None where it is not known."""
-        entry = self._entries.get(engine)
-        return _held(entry, ids) if entry is not None and entry.known else None
+        if only is None:
+            return {e: (_held(entry, ids), entry.block_size) for e, entry in self._entries.items() if entry.known}
+        entry = self._entries.get(only)
+        return {only: (_held(entry, ids), entry.block_size)} if entry is not None and entry.known else {}
 
     def tokens(self, engine: EngineId) -> int | None:
         """How many tokens an engine holds; None where that is not known."""
