@@ -43,6 +43,8 @@ TOLD_S = 2.0
 """Within this an engine that has read a prompt has told of it: its batch of events, the agent's word."""
 UNTOLD_LIMIT = 256
 """Prompts of which engines have not told yet, the newest ones."""
+ALIKE_LIMIT = 32
+"""Of those with the same beginning, as a system prompt is, so many of the newest are compared; each takes some microseconds."""
 
 
 class Slo(msgspec.Struct, frozen=True):
@@ -236,7 +238,7 @@ class Books:
     def _coming(self, ids: Ids, now: float) -> dict[int, tuple[int, int]]:
         """By slot: what the engine said it held, and what it will hold of a prompt by what it was sent and could not tell of yet."""
         most: dict[int, tuple[int, int]] = {}
-        for one in self._untold.get(ids.head, ()):
+        for one in self._untold.get(ids.head, [])[-ALIKE_LIMIT:]:
             if one.until > now:
                 shared = one.ids.shared(ids)
                 if shared > most.get(one.slot, (0, 0))[1]:
