@@ -234,7 +234,7 @@ async def router_running(
         ids = Ids(entropy)
         pace = Pace(_limits(config), section.whole_answer_timeout_s)
         tempo = Tempo().scaled(config.policy.speed)
-        books = Books(Slo(config.slo.ttft_s, config.slo.itl_s), window_s=tempo.window_s)
+        books = Books(Slo(config.slo.ttft_s, config.slo.itl_s), window_s=tempo.window_s, prefixes=controller.prefixes)
         admission = Admission(
             books=books,
             pace=pace,

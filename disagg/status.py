@@ -105,7 +105,7 @@ def _why(thing: Mapping[str, Any]) -> str:
     cache = thing.get("cache", {"known": True})
     kept = thing.get("load", {}).get("kv_quarantined_tokens", 0)
     notes = [said] if said else []
-    notes += [] if said or cache["known"] else [f"prefix cache unknown: {cache['reason']}"]
+    notes += [] if said or cache["known"] else [f"prefix cache unknown, routing guesses what it holds: {cache['reason']}"]
     slow = thing.get("weight", 1.0)
     notes += _doubts(thing.get("forecast"))
     notes += [f"it is {slow:g} times as slow as the median of its pool, and gets that much less work"] if slow > 1.0 else []

@@ -25,7 +25,7 @@ def books_of(view: ClusterView) -> Books:
     books = Books(Slo(ttft_s=2.0, itl_s=0.1), window_s=10.0)
     books.grow(len(view.engines))
     for one in view.engines:
-        books.holds(one)
+        books.holds(one, now=0.0)
     return books
 
 

@@ -661,7 +661,7 @@ def test_a_choice_by_outlook_says_why() -> None:
     site.read(0, 1000)
     site.write(1, 2)
     assert re.fullmatch(
-        r"prefill-0 gives the first token in 0\.2\d\d s \(0\.09\d s of them waiting, it holds 500 of 2000 tokens\); "
+        r"prefill-0 gives the first token in 0\.2\d\d s \(0\.09\d s of them waiting, it should hold 500 of 2000 tokens\); "
         r"decode-1 has 2 requests in flight",
         site.choose(2000, cached={0: 500}).reason,
     )

@@ -64,7 +64,9 @@ def test_an_engine_whose_prefix_cache_is_not_known_says_why() -> None:
     known = {"known": True, "blocks": 3, "block_size": 16, "reason": ""}
     assert "prefix cache" not in table(cluster(engine(cache=known)))
     lost = {**known, "known": False, "reason": "batches 1 to 4 of its events are gone"}
-    assert "prefix cache unknown: batches 1 to 4 of its events are gone" in table(cluster(engine(cache=lost)))
+    assert "prefix cache unknown, routing guesses what it holds: batches 1 to 4 of its events are gone" in table(
+        cluster(engine(cache=lost))
+    )
 
 
 def test_a_slow_engine_and_a_cut_pair_say_why() -> None:

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import takewhile
 from statistics import median
 
@@ -173,12 +173,13 @@ class Outlook:
         forecast: of all engines.
         tokens: of its prompt.
         cached: how many of them each engine holds, by slot; none where it is not named.
+        told: the slots of the engines that say so themselves; of the others it is a guess.
         batches: how many requests each engine has in flight, by slot.
         kv: how many tokens each engine's KV is promised to, by slot.
         now: monotonic seconds.
     """
 
-    __slots__ = ("_batches", "_cached", "_forecast", "_kv", "_now", "answer", "tokens")
+    __slots__ = ("_batches", "_cached", "_forecast", "_kv", "_now", "_told", "answer", "tokens")
 
     def __init__(
         self,
@@ -186,12 +187,14 @@ class Outlook:
         *,
         tokens: int,
         cached: Mapping[int, int],
+        told: Collection[int] = (),
         batches: Sequence[int],
         kv: Sequence[int],
         now: float,
     ) -> None:
         self._forecast = forecast
         self._cached = cached
+        self._told = told
         self._batches = batches
         self._kv = kv
         self._now = now
@@ -201,6 +204,10 @@ class Outlook:
     def cached(self, slot: int) -> int:
         """Tokens that this engine need not compute; the last one it always must."""
         return min(self._cached.get(slot, 0), max(0, self.tokens - 1))
+
+    def is_told(self, slot: int) -> bool:
+        """The engine says itself what it holds of this prompt."""
+        return slot in self._told
 
     def first_token_s(self, slot: int) -> float:
         """Seconds until the first token, if this engine reads the prompt."""

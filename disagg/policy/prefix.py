@@ -7,6 +7,9 @@ changes the root of the chain, so that equal tokens of another tenant are other 
 The table follows each engine through what its agent says: a *snapshot*, in parts, and then numbered *deltas*. Both are numbered together;
 a number that is missing makes the engine's cache unknown until the next snapshot, which is asked for, once a second at most. What is older
 than what is known, by life (the agent's incarnation, the engine's epoch) or number, changes nothing.
+
+Where a prompt comes as token ids the router names its blocks itself (`Ids`), and the table says how much of it an engine holds. Of text it
+says nothing: only the engine knows the tokens of it.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import struct
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from hashlib import blake2b
 from sys import byteorder
 
@@ -29,6 +33,9 @@ BLOCKS_LIMIT = 4_000_000
 PARTS_LIMIT = 4096
 RESYNC_S = 1.0
 HASH_BYTES = 8
+_HEAD = 16
+IDS_NAMED = 16_384
+"""Of one prompt: naming a page of 16 takes a microsecond."""
 
 Life = tuple[int, int]
 """The incarnation of the agent that speaks, and its epoch of the engine: what is greater is newer."""
@@ -97,6 +104,67 @@ def unpack(packed: bytes) -> array[int]:
     return found
 
 
+class Ids:
+    """The token ids of a prompt. Its blocks are named as far as somebody asks: a prompt that nobody holds costs one name.
+
+    Args:
+        tokens: its ids; the first `IDS_NAMED` are kept.
+        count: how many it has in all.
+
+    Attributes:
+        count: how many it has in all.
+        kept: of how many of them something can be said.
+        head: how it begins: prompts that share less than this share nothing that is worth a look.
+
+    Raises:
+        OverflowError: a token id is no number of 32 bits.
+    """
+
+    __slots__ = ("_names", "_packed", "count", "head", "kept")
+
+    def __init__(self, tokens: Sequence[int], count: int | None = None) -> None:
+        packed = array("I", tokens[:IDS_NAMED])
+        if byteorder == "big":
+            packed.byteswap()
+        self.kept = len(packed)
+        self.count = len(tokens) if count is None else count
+        self._packed = packed.tobytes()
+        self.head = self._packed[: 4 * _HEAD]
+        self._names: dict[int, list[int]] = {}  # by block size, the first block first
+
+    def held(self, blocks: AbstractSet[int], block_size: int) -> int:
+        """How many of its leading tokens are in these blocks."""
+        names = self._names.setdefault(block_size, [])
+        for count, name in enumerate(names):
+            if name not in blocks:
+                return count * block_size
+        count, packed, step = len(names), self._packed, 4 * block_size
+        digest = (names[-1] if names else ROOT).to_bytes(HASH_BYTES, "big")
+        for start in range(count * step, len(packed) - step + 1, step):
+            digest = blake2b(digest + packed[start : start + step], digest_size=HASH_BYTES).digest()  # as `block_hash` does it
+            name = int.from_bytes(digest, "big")
+            names.append(name)
+            if name not in blocks:
+                break
+            count += 1
+        return count * block_size
+
+    def shared(self, other: Ids) -> int:
+        """With how many tokens both begin."""
+        mine, others = self._packed, other._packed
+        low, high = 0, min(self.kept, other.kept)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if mine[4 * low : 4 * middle] == others[4 * low : 4 * middle]:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def __repr__(self) -> str:
+        return f"<Ids {self.count}>"  # without the tokens: they are a prompt
+
+
 # --- who holds what
 
 
@@ -143,9 +211,10 @@ class _Entry:
     Attributes:
         seq: the number of the last word that counted.
         synced: the next number continues what is here; False until a snapshot has come.
+        cleared: how often it was told to be emptied.
     """
 
-    __slots__ = ("asked_at", "block_size", "blocks", "known", "life", "parts", "reason", "seq", "synced")
+    __slots__ = ("asked_at", "block_size", "blocks", "cleared", "known", "life", "parts", "reason", "seq", "synced")
 
     def __init__(self) -> None:
         self.life: Life = (-1, -1)
@@ -157,6 +226,7 @@ class _Entry:
         self.blocks: set[int] = set()
         self.parts: _Parts | None = None
         self.asked_at = float("-inf")
+        self.cleared = 0
 
     def lose(self, reason: str) -> None:
         """What it holds is not known until the next snapshot."""
@@ -169,6 +239,10 @@ class _Entry:
         """It is too much to be kept, and asking again would not make it less."""
         self.lose(reason)
         self.synced = True
+
+
+def _held(entry: _Entry, ids: Ids) -> int:
+    return ids.held(entry.blocks, entry.block_size) if entry.blocks and entry.block_size else 0
 
 
 def _life(message: KvSnapshot | KvDelta) -> Life:
@@ -241,6 +315,7 @@ class PrefixIndex:
         if not entry.synced or life != entry.life or seq != entry.seq + 1:
             return self._missed(entry, now)
         entry.seq = seq
+        entry.cleared += message.cleared
         if entry.known:
             self._change(entry, message)
         return False
@@ -293,6 +368,41 @@ class PrefixIndex:
                     break
                 count += 1
         return count
+
+    def leading(self, ids: Ids, only: EngineId | None = None) -> dict[EngineId, tuple[int, int]]:
+        """How many leading tokens of a prompt each engine holds, and its block size; those of which that is not known are left out.
+
+        Args:
+            ids: of a prompt without salt and adapter.
+            only: the engine that is asked for; None for all.
+        """
+        if only is None:
+            return {e: (_held(entry, ids), entry.block_size) for e, entry in self._entries.items() if entry.known}
+        entry = self._entries.get(only)
+        return {only: (_held(entry, ids), entry.block_size)} if entry is not None and entry.known else {}
+
+    def tokens(self, engine: EngineId) -> int | None:
+        """How many tokens an engine holds; None where that is not known."""
+        entry = self._entries.get(engine)
+        return len(entry.blocks) * entry.block_size if entry is not None and entry.known else None
+
+    def cleared(self, engine: EngineId) -> int:
+        """How often the engine's cache was emptied while its host could be heard.
+
+        Only what is certain counts. A missed word, a gap in the engine's events or a snapshot tell nothing of what the engine gave up: it
+        went on as before, and only what is known of it is poor. Of another process its pid tells.
+        """
+        entry = self._entries.get(engine)
+        return 0 if entry is None else entry.cleared
+
+    def speaks(self, engine: EngineId) -> bool:
+        """Something was said of this engine's cache."""
+        return engine in self._entries
+
+    @property
+    def is_told(self) -> bool:
+        """Of an engine at least it is known what it holds."""
+        return any(entry.known for entry in self._entries.values())
 
     def standing(self, engine: EngineId) -> Standing | None:
         """What is known of an engine's cache; None for one that publishes nothing."""

@@ -179,7 +179,8 @@ class _Pick:
         outlook, p = self._outlook, prefill.slot
         assert outlook is not None
         wait_s, cached = outlook.wait_s(p), outlook.cached(p)
-        held = f", it holds {cached} of {outlook.tokens} tokens" if cached else ""
+        holds = "holds" if outlook.is_told(p) else "should hold"
+        held = f", it {holds} {cached} of {outlook.tokens} tokens" if cached else ""
         soon = f"{prefill.id} gives the first token in {outlook.first_token_s(p):.3f} s ({wait_s:.3f} s of them waiting{held})"
         return f"{soon}; {decode.id} has {_say(self._now[decode.slot])}"
 

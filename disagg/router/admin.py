@@ -319,7 +319,10 @@ def rounded(content: Any) -> Any:
 
 def _cache_json(standing: Standing | None) -> dict[str, Any]:
     """Only engines that publish what their prefix cache holds have one to show."""
-    return {} if standing is None else {"cache": msgspec.to_builtins(standing)}
+    if standing is None:
+        return {}
+    routing = "exact for token ids" if standing.known else "guessed from what it was sent"
+    return {"cache": {**msgspec.to_builtins(standing), "routing": routing}}
 
 
 def no_control_plane() -> OrderError:

@@ -23,6 +23,7 @@ from disagg.model import Choice, ClusterView, EngineId, EngineLoad, EngineState,
 from disagg.policy.books import Books, Prompt
 from disagg.policy.forecast import Outlook, Reading
 from disagg.policy.pace import Pace
+from disagg.policy.prefix import Ids
 from disagg.policy.queue import RETRY_LIMIT_S, Aside, Entry, Place, Queue, Reason, Shed
 from disagg.policy.route import choose, pool_of
 
@@ -63,6 +64,10 @@ class Wanting(Protocol):
     @property
     def prompt_bytes(self) -> int:
         """Of its prompt, of which the names are."""
+
+    @property
+    def ids(self) -> Ids | None:
+        """Of its prompt, where the client sent these and an engine says what it holds."""
 
     @property
     def max_tokens(self) -> int | None:
@@ -283,6 +288,11 @@ class Admission:
     def promise(self, choice: Choice, tokens: int = 0) -> Promise:
         """A promise for what does not wait, as the router's own canaries."""
         return self._promise(choice, tokens, tokens)
+
+    @property
+    def ids_wanted(self) -> bool:
+        """There is such a choice, and an engine says which blocks it holds."""
+        return self.names_wanted and self.books.prefixes.is_told
 
     @property
     def compares(self) -> bool:
@@ -631,7 +641,7 @@ class Admission:
         if engine.load is not self._loads.get(slot):
             self._loads[slot] = engine.load
             books.ledger.note_report(slot, engine.load)
-            books.holds(engine)
+            books.holds(engine, now=self._clock())
 
     def _forget_gone(self, there: Collection[int]) -> None:
         """Slots are never used again."""
@@ -654,6 +664,9 @@ class Admission:
             if due is not None and due <= now:
                 self._send_away(queue.expire(now=now, jitter=self._chance()))
         self.books.forecast.tick(now)
+        for engine in self._view().engines:
+            if self.books.prefixes.speaks(engine.id):  # what it holds changes also when its load does not
+                self.books.holds(engine, now=now)
         self._tick_arms(now)
         self.look_soon()
 
@@ -669,7 +682,8 @@ class Admission:
 
 
 def _prompt(wanting: Wanting, tokens: int) -> Prompt:
-    return Prompt(tokens, wanting.prompt_bytes, wanting.names)
+    ids = wanting.ids
+    return Prompt(tokens if ids is None else ids.count, wanting.prompt_bytes, wanting.names, ids)
 
 
 def _arm(pool: Pool, unified: bool | None) -> Pool:

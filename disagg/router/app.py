@@ -245,8 +245,8 @@ class PublicListener:
 
     async def _parse(self, route: Route, body: bytes) -> ClientRequest:
         if len(body) <= LARGE_BODY:
-            return parse_request(route, body, named=self._owner.names_wanted)
-        parse = functools.partial(parse_request, route, body, named=self._owner.names_wanted)
+            return parse_request(route, body, named=self._owner.names_wanted, with_ids=self._owner.ids_wanted)
+        parse = functools.partial(parse_request, route, body, named=self._owner.names_wanted, with_ids=self._owner.ids_wanted)
         return await self._relay.loop.run_in_executor(self._reader, parse)
 
     def _too_large(self, client: Client) -> BodyTooLargeError:

@@ -20,6 +20,7 @@ import msgspec
 
 from disagg.errors import DisaggError, EngineError, EngineRefusedError, RequestError
 from disagg.policy.history import names_of
+from disagg.policy.prefix import IDS_NAMED, Ids
 
 MAX_DEPTH = 64
 MAX_SAMPLES = 64
@@ -38,6 +39,10 @@ _EMPTY = msgspec.Raw(b"")
 _NULL = re.compile(rb"null")
 _LIST_OF_PROMPTS = re.compile(rb'\[\s*["\[\]]')
 _LIST_OF_STRINGS = re.compile(rb"\[,*+\]")  # these two look at a list without blanks, strings and digits
+_OTHER_ROOTS = (b'"cache_salt"', b'"extra_key"', b'"lora_path"')
+"""With one of these an engine keeps equal tokens apart, and what it holds of others is none of this prompt."""
+_IDS_BYTES = 8 * IDS_NAMED
+_TOKEN_IDS = msgspec.json.Decoder(list[int])
 _LIST_OF_IDS = re.compile(rb"\[\[,*+\](?:,\[,*+\])*+\]")
 
 
@@ -132,10 +137,12 @@ class ClientRequest:
         merge_logprobs: whether prefill's input logprobs belong in front of decode's.
         max_tokens: how long one answer may become; None if the client leaves it open.
         names: of the blocks of its prompt, see `disagg.policy.history`; empty where nobody asked for them, or for a list of prompts.
+        ids: of its prompt, where the client sent token ids and somebody asked for them.
         prompt_bytes: of its prompt; 0 for a list of prompts.
     """
 
     __slots__ = (
+        "ids",
         "include_usage",
         "max_tokens",
         "merge_logprobs",
@@ -162,16 +169,18 @@ class ClientRequest:
         self.merge_logprobs = False
         self.max_tokens: int | None = None
         self.names: Sequence[int] = ()
+        self.ids: Ids | None = None
         self.prompt_bytes = 0
 
 
-def parse_request(route: Route, body: bytes, *, named: bool = False) -> ClientRequest:
+def parse_request(route: Route, body: bytes, *, named: bool = False, with_ids: bool = False) -> ClientRequest:
     """Checks a body and takes from it what the router must know.
 
     Args:
         route: where it came in.
         body: as it came.
         named: the blocks of its prompt are to be named.
+        with_ids: and its token ids to be read, if it has some.
 
     Raises:
         RequestError: the body is not JSON, not an object, too deep, or a field has a wrong type or value.
@@ -192,11 +201,30 @@ def parse_request(route: Route, body: bytes, *, named: bool = False) -> ClientRe
         request.prompt_bytes = len(text)
         if named:
             request.names = names_of(text)
+        if with_ids and route is not Route.CHAT and text[0] == _OPENING_BRACKET:
+            request.ids = _ids_of(bytes(text), body)
     if request.prompts is not None and not 1 <= request.prompts <= MAX_PROMPTS:
         raise RequestError(f"a prompt list holds 1 to {MAX_PROMPTS} prompts, this one {_at_least(request.prompts)}", param="prompt")
     if request.samples > 1:
         _check_members(body)
     return request
+
+
+_OPENING_BRACKET = ord("[")
+
+
+def _ids_of(text: bytes, body: bytes) -> Ids | None:
+    """The token ids of a prompt; None where they are none: that is the engine's to refuse."""
+    if any(key in body for key in _OTHER_ROOTS):
+        return None
+    count = text.count(b",") + 1
+    if len(text) > _IDS_BYTES:
+        text = text[: max(0, text.rfind(b",", 0, _IDS_BYTES))] + b"]"
+    try:
+        tokens = _TOKEN_IDS.decode(text)
+        return Ids(tokens, count) if tokens else None
+    except (msgspec.DecodeError, OverflowError):
+        return None
 
 
 def _at_least(prompts: int) -> str:

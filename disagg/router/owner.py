@@ -144,6 +144,11 @@ class Owner:
         return self._admission.names_wanted
 
     @property
+    def ids_wanted(self) -> bool:
+        """There is such a choice, and an engine says which blocks it holds."""
+        return self._admission.ids_wanted
+
+    @property
     def waiting(self) -> int:
         """How many wait: for room, for engines that are open to them, or for their turn to be made again."""
         return self._admission.waiting + len(self._waiting)

@@ -84,7 +84,7 @@ class Job:
         max_tokens: how long one answer may become.
         body_bytes: of `rest`.
         answers: how many answers `rest` asks for.
-        names, prompt_bytes: of its prompt, as in `ClientRequest`.
+        names, ids, prompt_bytes: of its prompt, as in `ClientRequest`.
         streams: its first token is seen when it comes.
         unified_only: it still asks for several samples: it was not split, because only unified engines were there; a pair must not see it.
         arrived_at: when it came.
@@ -97,6 +97,7 @@ class Job:
         "attempts",
         "body_bytes",
         "deadline_at",
+        "ids",
         "max_tokens",
         "model",
         "names",
@@ -137,6 +138,7 @@ class Job:
         self.model = request.model
         self.max_tokens = request.max_tokens
         self.names = request.names
+        self.ids = request.ids
         self.prompt_bytes = request.prompt_bytes
         self.streams = request.stream
         self.ask_for(rest)

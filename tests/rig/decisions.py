@@ -4,6 +4,8 @@ Started by ``scripts/bench-decisions``. It is all in one process and on one core
 the prompts begin like one that was sent before, as the next turn of a conversation does. The engines have some prompts to read and a
 batch to write, and their lines have been fitted. Refits are done beside the decisions, as in the router, and not counted. It is the time of
 the CPU, so that what else the machine does takes no turns in it.
+
+With ``--ids`` prompts are token ids, read already, and the prefill engines publish what they hold, in pages of 16 tokens.
 """
 
 from __future__ import annotations
@@ -11,19 +13,24 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+from array import array
 from collections import deque
 from statistics import median
 from time import thread_time_ns
 
 from disagg.model import Choice, ClusterView, EngineAddress, EngineFacts, EngineId, EngineState, EngineView, Pool, Role
+from disagg.policy.books import Books, Prompt
 from disagg.policy.forecast import Forecast, Outlook, Reading
 from disagg.policy.history import BLOCK, PrefixHistory, names_of
+from disagg.policy.prefix import Ids, PrefixIndex, hashes, pack
 from disagg.policy.route import InFlight, choose
+from disagg.wire.messages import KvDelta, KvSnapshot
 
 KIB = 1024
 BYTES_PER_TOKEN = 4
 READING = 3
 """Prompts that each prefill engine has to read."""
+PAGE = 16
 WRITING = 24
 """Answers that each decode engine writes."""
 
@@ -55,8 +62,13 @@ class Router:
         self.reading: deque[tuple[Reading, int]] = deque()
         self.writing: deque[tuple[int, int]] = deque()
 
-    def decide(self, prompt: bytes) -> Choice:
+    def read(self, body: bytes) -> bytes | list[int]:
+        """A prompt as `decide` takes it; not measured."""
+        return body
+
+    def decide(self, prompt: bytes | list[int]) -> Choice:
         """What is measured."""
+        assert isinstance(prompt, bytes)
         names = names_of(prompt)
         tokens = len(prompt) // BYTES_PER_TOKEN
         held = {slot: count * BLOCK // BYTES_PER_TOKEN for slot, count in self.history.leading(names).items()}
@@ -93,6 +105,41 @@ class Router:
             self.forecast.tick(self.now)
 
 
+class ToldRouter(Router):
+    """The same where prefill engines publish their caches and prompts are token ids."""
+
+    def __init__(self, prefill: int, decode: int, blocks: int, chance: random.Random) -> None:
+        super().__init__(prefill, decode, 0, chance)
+        self.index = PrefixIndex()
+        self.books = Books(prefixes=self.index)
+        self.books.grow(prefill + decode)
+        self.books.in_flight, self.books.forecast = self.in_flight, self.forecast
+        for view in self.pool.prefill:
+            names = pack(chance.getrandbits(64) for _ in range(blocks // prefill))
+            self.index.take_snapshot(KvSnapshot(1, "n", view.id, 1, 1, 0, 1, PAGE, names, known=True))
+            self.books.holds(view, now=self.now)
+        self.seqs = {view.id: 1 for view in self.pool.prefill}
+
+    def read(self, body: bytes) -> list[int]:
+        return array("I", body).tolist()
+
+    def decide(self, prompt: bytes | list[int]) -> Choice:
+        assert isinstance(prompt, list)
+        asked = Prompt(len(prompt), ids=Ids(prompt))
+        choice = choose(self.pool, self.in_flight, outlook=self.books.outlook(asked, now=self.now))
+        assert choice.prefill is not None
+        self.reading.append((self.books.sent(choice, asked, now=self.now), choice.decode.slot))
+        if len(self.reading) > READING * len(self.prefills):
+            reading, decode = self.reading.popleft()
+            self.forecast.read(reading, decode, now=self.now)
+        return choice
+
+    def tell(self, engine: EngineId, prompt: list[int]) -> None:
+        """The engine says that it holds this now; not measured."""
+        self.seqs[engine] += 1
+        assert not self.index.take_delta(KvDelta(1, "n", engine, 1, self.seqs[engine], pack(hashes(prompt, PAGE))), now=self.now)
+
+
 def _pool(prefill: int, decode: int) -> Pool:
     roles = [Role.PREFILL] * prefill + [Role.DECODE] * decode
     return ClusterView.of(
@@ -114,12 +161,15 @@ def measure(router: Router, size: int, decisions: int) -> list[float]:
         else:
             prompt = chance.randbytes(size)
         known.append(prompt)
+        asked = router.read(prompt)
         start = thread_time_ns()
-        choice = router.decide(prompt)
+        choice = router.decide(asked)
         seconds = thread_time_ns() - start
         if number >= decisions // 4:  # before that lines are still guesses, and caches cold
             took.append(seconds / 1e3)
         router.go_on(choice, size // BYTES_PER_TOKEN)
+        if isinstance(router, ToldRouter) and isinstance(asked, list) and choice.prefill is not None:
+            router.tell(choice.prefill.id, asked)
     return sorted(took)
 
 
@@ -129,13 +179,15 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="each with its own seed (default 5)")
     parser.add_argument("--decisions", type=int, default=4000, help="of each round (default 4000)")
     parser.add_argument("--blocks", type=int, default=100_000, help="that engines are known to hold (default 100000)")
+    parser.add_argument("--ids", action="store_true", help="prompts of token ids, engines that publish what they hold")
     chosen = parser.parse_args()
+    kind = ToldRouter if chosen.ids else Router
     write = sys.stdout.write
     write("| engines | prompt | p50 µs | p99 µs |\n|---|---|---|---|\n")
     for prefill, decode in ((8, 8), (2, 2)):
         for size in (KIB, 4 * KIB, 32 * KIB):
             chances = [random.Random(seed) for seed in range(chosen.rounds)]
-            rounds = [measure(Router(prefill, decode, chosen.blocks, chance), size, chosen.decisions) for chance in chances]
+            rounds = [measure(kind(prefill, decode, chosen.blocks, chance), size, chosen.decisions) for chance in chances]
             middles, tails = ([took[int(share * len(took))] for took in rounds] for share in (0.5, 0.99))
             cells = [f"{median(some):.1f} ({min(some):.1f} to {max(some):.1f})" for some in (middles, tails)]
             write(f"| {prefill}P+{decode}D | {size // KIB} KiB | {' | '.join(cells)} |\n")

@@ -19,6 +19,7 @@ from disagg.errors import (
     RequestError,
     UnknownModelError,
 )
+from disagg.policy.prefix import IDS_NAMED, hashes
 from disagg.router.openai import (
     DONE_EVENT,
     MAX_DEPTH,
@@ -463,3 +464,45 @@ def test_models() -> None:
             {"id": "b", "object": "model", "created": 5, "owned_by": "disagg"},
         ],
     }
+
+
+# --- token ids
+
+
+@pytest.mark.parametrize(("route", "key"), [(COMPLETIONS, "prompt"), (GENERATE, "input_ids")])
+def test_token_ids_are_read_where_they_are_asked_for(route: Route, key: str) -> None:
+    body = json.dumps({key: [5, 6, 7, 2**32 - 1]}).encode()
+    ids = parse_request(route, body, with_ids=True).ids
+    assert ids is not None
+    assert (ids.count, ids.kept) == (4, 4)
+    assert ids.held(set(hashes([5, 6, 7, 2**32 - 1], 2)), 2) == 4
+    assert parse_request(route, body).ids is None
+
+
+@pytest.mark.parametrize(
+    "prompt", ['"text"', '["text"]', "[[1,2],[3]]", "[]", "[-1]", "[4294967296]", "[1.5]", "[1,true]", "[1,null]", "[%s]" % ("9" * 200_000)]
+)
+def test_what_is_no_prompt_of_token_ids_has_none(prompt: str) -> None:
+    body = b'{"prompt":%s}' % prompt.encode()
+    try:
+        assert parse_request(COMPLETIONS, body, with_ids=True).ids is None
+    except RequestError:
+        parse_refused = True
+        with pytest.raises(RequestError):
+            parse_request(COMPLETIONS, body)
+        assert parse_refused
+
+
+@pytest.mark.parametrize("key", ["cache_salt", "extra_key", "lora_path"])
+def test_what_an_engine_keeps_apart_is_not_matched(key: str) -> None:
+    body = json.dumps({"prompt": [1, 2, 3], key: "of a tenant"}).encode()
+    assert parse_request(COMPLETIONS, body, with_ids=True).ids is None
+
+
+def test_of_many_token_ids_the_first_ones_are_read() -> None:
+    tokens = list(range(10_000_000, 10_000_000 + 2 * IDS_NAMED))
+    ids = parse_request(COMPLETIONS, json.dumps({"prompt": tokens}).encode(), with_ids=True).ids
+    assert ids is not None
+    assert ids.count == len(tokens)
+    assert IDS_NAMED // 2 < ids.kept <= IDS_NAMED
+    assert ids.held(set(hashes(tokens, 16)), 16) == ids.kept // 16 * 16
