@@ -86,6 +86,7 @@ class EngineAddress(msgspec.Struct, frozen=True):
     Attributes:
         bootstrap_port: where decode engines meet this engine; only for prefill engines.
         pid: the engine's process on this host, 0 if it is not ours.
+        switches: how often that process has changed its role since its start.
     """
 
     id: EngineId
@@ -95,6 +96,7 @@ class EngineAddress(msgspec.Struct, frozen=True):
     bootstrap_port: int = 0
     api_key: str = ""
     pid: int = 0
+    switches: int = 0
 
     def __repr__(self) -> str:
         return f"<EngineAddress {self.id} {self.role} {self.url}>"  # without the key
@@ -106,8 +108,18 @@ class EngineAddress(msgspec.Struct, frozen=True):
 
     @property
     def url_host(self) -> str:
-        """The host as a URL holds it, and as ``bootstrap_host`` wants it: IPv6 in brackets."""
+        """The host as a URL holds it: IPv6 in brackets."""
         return f"[{self.host}]" if ":" in self.host else self.host
+
+    @property
+    def bootstrap_host(self) -> str:
+        """Where decode engines meet this one, spelled in another way after each change of its role.
+
+        SGLang 0.5.23: a decode engine keeps by this word where to send what a prefill engine must know, and forgets it when that engine's
+        bootstrap server is gone for a while. It is not gone while the engine is a decode engine for a time; when it reads prompts again it
+        listens elsewhere, and every handoff to it would wait in vain. What stands before the ``@`` of a URL is not part of the place.
+        """
+        return f"{self.switches}@{self.url_host}" if self.switches else self.url_host
 
 
 class EngineFacts(msgspec.Struct, frozen=True):

@@ -391,6 +391,19 @@ def test_a_new_process_is_forgiven(kept: Kept) -> None:
     assert kept.lost == ["it refused 2 connections in a row"]
 
 
+def test_decode_engines_are_told_another_place_after_each_role_switch(kept: Kept) -> None:
+    """They keep under its name what they know of a prefill engine, and that is not true any more when it comes back to its role."""
+    kept.report()
+    assert kept.made.view.address.bootstrap_host == "10.0.0.1"
+    kept.report(switches=2)
+    assert kept.made.view.address.bootstrap_host == "2@10.0.0.1"
+    assert kept.made.view.address.url == "http://10.0.0.1:30000"
+    kept.report(host="::1")
+    assert kept.made.view.address.bootstrap_host == "2@[::1]"
+    kept.report(switches=0, pid=8, start_ticks=80)
+    assert kept.made.view.address.bootstrap_host == "[::1]"
+
+
 def test_what_ran_on_a_process_that_was_replaced_unseen_is_lost(kept: Kept) -> None:
     kept.report(pid=8, start_ticks=80, state=S.READY)
     assert kept.state() is S.READY

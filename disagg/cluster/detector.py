@@ -298,12 +298,18 @@ class EngineDetector:
     def _note_place(self, report: EngineReport) -> None:
         """The address stays the same object as long as it is the same place: connections hang on it."""
         known = self._view.address
-        place = (report.role, report.host, report.port, report.bootstrap_port, report.api_key, report.pid)
-        if place == (known.role, known.host, known.port, known.bootstrap_port, known.api_key, known.pid):
-            return
-        role, host, port, bootstrap_port, api_key, pid = place
-        address = EngineAddress(report.id, role, host, port, bootstrap_port, api_key=api_key, pid=pid)
-        self._view = msgspec.structs.replace(self._view, address=address)
+        address = EngineAddress(
+            report.id,
+            report.role,
+            report.host,
+            report.port,
+            report.bootstrap_port,
+            api_key=report.api_key,
+            pid=report.pid,
+            switches=report.switches,
+        )
+        if address != known:
+            self._view = msgspec.structs.replace(self._view, address=address)
 
     def _on_host(self, event: HostJudged, now: float) -> list[Command]:
         self._host_state, self._host_reason = event.state, event.reason

@@ -135,6 +135,7 @@ class _Watched:
         self._mode_fault = ""
         self._drained = ""
         self._switching = ""
+        self._switches = 0  # of the process, since its start
         self._said: tuple[EngineState, Role] | None = None
         self._follower: KvFollower | None = None
 
@@ -172,6 +173,7 @@ class _Watched:
             bootstrap_port=place.bootstrap_port,
             api_key=place.api_key,
             pid=place.pid,
+            switches=self._switches,
             start_ticks=start_ticks,
             counter=self._counter,
             working=self._working,
@@ -229,6 +231,7 @@ class _Watched:
         if refusal:
             return False, f"the engine refused to switch: {refusal}"
         was, self._role = self._role, role
+        self._switches += 1
         self._mode_fault = ""
         if self._follower is not None:
             self._follower.dropped()  # SGLang empties its prefix cache on a switch
@@ -373,7 +376,7 @@ class EngineKeeper(_Watched):
 
     def _watch(self, process: RunningEngine, record: EngineRecord) -> None:
         self._process = process
-        self._start_ticks = record.start_ticks
+        self._start_ticks, self._switches = record.start_ticks, record.switches
         self._facts, self._load, self._counter, self._working = EngineFacts(), EngineLoad(), 0, False
         self._own_facts = EngineFacts(model_hash=record.launch.model_hash, part=record.launch.part)
         self._parts = record.launch.parts
@@ -503,7 +506,7 @@ class EngineKeeper(_Watched):
         return Answered(self._facts, EngineLoad(), "", 0, working=False)
 
     async def _save(self, record: EngineRecord) -> None:
-        record = msgspec.structs.replace(record, role=self._role, drained=self._drained, host=self._host)
+        record = msgspec.structs.replace(record, role=self._role, switches=self._switches, drained=self._drained, host=self._host)
         try:
             await asyncio.to_thread(write_private, self._record_path, encode_kept(record))
         except StartError as error:  # it serves all the same; only the next agent will not find it

@@ -94,6 +94,7 @@ class EngineRecord(msgspec.Struct, frozen=True):
         ready: what the engine said when it became ready; None while it starts.
         host: the name of the host whose agent started it.
         drained: why a person took it out of service; empty when nobody did.
+        switches: how often it has been switched since its start.
     """
 
     launch: EngineLaunch
@@ -105,6 +106,7 @@ class EngineRecord(msgspec.Struct, frozen=True):
     ready: ReadyFile | None = None
     host: str = ""
     drained: str = ""
+    switches: int = 0
 
     @property
     def id(self) -> EngineId:

@@ -344,7 +344,7 @@ class Relay:
             return key_prefix({"rid": attempt.rids[0], **more}, job.rest)
         address, room = prefill.address, self._random_room()
         keys = {
-            "bootstrap_host": address.url_host,
+            "bootstrap_host": address.bootstrap_host,
             "bootstrap_port": address.bootstrap_port,
             "bootstrap_room": room,
             "rid": attempt.rids[0],
@@ -356,7 +356,7 @@ class Relay:
         keys: dict[str, Any] = {"rid": attempt.rids}
         if attempt.choice.prefill is not None:
             address = attempt.choice.prefill.address
-            keys["bootstrap_host"] = [address.url_host] * prompts
+            keys["bootstrap_host"] = [address.bootstrap_host] * prompts
             keys["bootstrap_port"] = [address.bootstrap_port] * prompts
             keys["bootstrap_room"] = [self._random_room() for _ in range(prompts)]
         return keys

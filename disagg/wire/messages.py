@@ -53,6 +53,7 @@ class EngineReport(msgspec.Struct, frozen=True):
         counter: the sum of what an engine's own counters count; it grows as long as the engine makes progress.
         working: the engine has work that does not merely wait for a peer.
         leaving: it ends soon: what runs on it should go on elsewhere. A router that does not know this lets it be cut.
+        switches: how often its process has changed its role since its start.
 
     An agent names the process of an engine that it started, and of no other.
     """
@@ -72,6 +73,7 @@ class EngineReport(msgspec.Struct, frozen=True):
     facts: EngineFacts = EngineFacts()
     load: EngineLoad = EngineLoad()
     leaving: bool = False
+    switches: Count = 0
 
     @property
     def owned(self) -> bool:

@@ -259,7 +259,7 @@ async def test_odd_roles_and_preparations_change_nothing(client: Client, pair: P
 # --- stragglers of the old role ---
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "2@127.0.0.1", "localhost"])
 async def test_a_prefill_leg_that_comes_after_the_flip_to_decode_is_a_400(client: Client, pair: Pair, host: str) -> None:
     assert (await switch(client, pair.prefill, "decode")).status == 200
     body = {**greedy(some_prompt(40), 4), **room_at(pair.prefill), "bootstrap_host": host}

@@ -59,6 +59,8 @@ def test_a_flip_says_what_it_does_and_the_engine_keeps_its_process(pair: Site) -
         assert word in done.stdout
     after = pair.wait_engine("d2", "ready")
     assert (after["role"], after["pid"]) == ("prefill", before["pid"])
+    record = json.loads((pair.folder / "d2" / "engines" / "d2" / "record.json").read_text())
+    assert (record["role"], record["switches"]) == ("prefill", 1)  # the next agent goes on counting
     used = {pair.ask().headers["x-disagg-prefill"] for _ in range(4)}
     assert used == {"p", "d2"}
     assert b'disagg_flips_total{from="decode",outcome="done",to="prefill"} 1.0' in httpx2.get(pair.admin + "/metrics").content

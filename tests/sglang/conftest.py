@@ -29,6 +29,9 @@ PLAIN_JSON = [
     *("--engine-arg", "--tool-call-parser", "--engine-arg", "qwen25"),
 ]
 """Without the first, so small a model fills an answer with spaces."""
+PLACES = 8
+FEW_PLACES = ["--max-running-requests", str(PLACES)]
+"""So few clients keep an engine busy."""
 START_LIMIT_S = 240.0
 BACK_LIMIT_S = 120.0
 
@@ -126,7 +129,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, sglang_python: Path) -> It
     try:
         made.start_router()
         for name, role in (("p", "prefill"), ("d", "decode"), ("u", "unified")):
-            made.start_host(name, role, *ENGINE, *PLAIN_JSON)
+            made.start_host(name, role, *ENGINE, *PLAIN_JSON, *FEW_PLACES)
         wait_whole(made, START_LIMIT_S)
         yield made
     finally:

@@ -132,6 +132,17 @@ def test_how_long_each_took_is_told(swaps: Any) -> None:
     print(f"\n{len(took)} flips: median {statistics.median(took):.2f} s, longest {max(took):.2f} s")  # noqa: T201
 
 
+def test_a_prefill_engine_that_was_a_decode_engine_for_a_time_is_met_by_those_that_stayed(cluster: Cluster, swaps: Any) -> None:
+    """SGLang's decode engines remember where a prefill engine listens; after two switches it listens elsewhere."""
+    for role in ("decode", "prefill"):
+        number = cluster.order("flip", "p", role=role)["change"]
+        wait_for(partial(ended, cluster, number), partial(story, cluster, number), SWAP_LIMIT_S)
+    assert "p with d answered its canaries" in cluster.change(number)["steps"][-1]["what"]
+    with cluster.without("u"):
+        answer = httpx2.post(cluster.url + "/generate", json=body(1), timeout=60)
+        assert (answer.status_code, answer.headers["x-disagg-prefill"], answer.headers["x-disagg-decode"]) == (200, "p", "d")
+
+
 def test_prefix_hits_go_on_after_the_switches(cluster: Cluster, swaps: Any) -> None:
     with cluster.without("u"):
         ids = text_of(200, 77)

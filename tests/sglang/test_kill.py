@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx2
 
-from tests.sglang.conftest import BACK_LIMIT_S, ENGINE, PLAIN_JSON, Cluster, text_of, until
+from tests.sglang.conftest import BACK_LIMIT_S, ENGINE, FEW_PLACES, PLAIN_JSON, Cluster, text_of, until
 
 FREE_WITHIN_S = 2.0
 ANSWER_LIMIT_S = 240.0
@@ -163,7 +163,7 @@ def test_an_agent_is_killed_and_its_engine_serves_on(cluster: Cluster) -> None:
         cluster.hosts["d"].end(signal.SIGKILL)
         asking.join(ANSWER_LIMIT_S)
         assert asking.ended_well, (asking.status, asking.text[-600:])
-        cluster.start_host("d", "decode", *ENGINE, *PLAIN_JSON)
+        cluster.start_host("d", "decode", *ENGINE, *PLAIN_JSON, *FEW_PLACES)
         until(lambda: cluster.host("d")["incarnation"] > 1 and cluster.engine("d")["state"] == "ready", 20.0)
         assert cluster.engine("d")["pid"] == pid
         works_now = Asking(cluster, 60, 4, 801)

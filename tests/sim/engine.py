@@ -99,7 +99,7 @@ class Leg:
         self.stream = bool(body.get("stream"))
         self.usage = bool((body.get("stream_options") or {}).get("include_usage"))
         self.room = int(body.get("bootstrap_room") or 0)
-        self.place = (str(body.get("bootstrap_host") or ""), int(body.get("bootstrap_port") or 0))
+        self.place = (str(body.get("bootstrap_host") or "").rpartition("@")[2], int(body.get("bootstrap_port") or 0))
         self.state = words.state_of(prompt)
         self.ids: list[int] = []
         self.finish = ""

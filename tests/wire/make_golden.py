@@ -47,7 +47,7 @@ PREFILL = EngineReport(
     facts=EngineFacts("llama", "c0ffee" * 10, 64, 131072, 32768, "0.5.3", "bfloat16", 8),
     load=EngineLoad(3, 2, 1024, 65536, 2**41),
 )
-LATER_FIELDS = frozenset({"leaving"})
+LATER_FIELDS = frozenset({"leaving", "switches"})
 """Of a report; added to frames that are there already, which must go on meaning what they meant."""
 DECODE = EngineReport(id=EngineId("box-1-decode"), role=Role.DECODE, state=EngineState.SWITCHING, reason="é ü 日本")
 

@@ -95,12 +95,12 @@ def test_fields_of_later_releases_are_tolerated_wherever_they_stand(message: Mes
 
 
 def test_a_field_that_came_later_travels_and_is_false_where_an_older_agent_says_nothing_of_it() -> None:
-    leaving = Heartbeat(7, "n0nce", 41, 40, (msgspec.structs.replace(PREFILL, leaving=True),))
+    leaving = Heartbeat(7, "n0nce", 41, 40, (msgspec.structs.replace(PREFILL, leaving=True, switches=2),))
     assert to_router.decode(encode(leaving)) == leaving
     for place in FRAMES.glob("*/heartbeat.bin"):
         older = to_router.decode(place.read_bytes())
         assert isinstance(older, Heartbeat)
-        assert not any(report.leaving for report in older.engines)
+        assert not any(report.leaving or report.switches for report in older.engines)
 
 
 def test_secrets_are_not_shown() -> None:

@@ -498,6 +498,7 @@ def _rooms(body: _Bootstrap, count: int) -> list[Room | None]:
 
 def _room(host: str, port: int | None, number: int) -> Room:
     port = 8998 if port is None else port  # SGLang's default
+    host = host.rpartition("@")[2]  # as in a URL: what stands before it is not part of the place
     if not host or not 0 < port < 1 << 16:
         raise RequestError("bootstrap_host or bootstrap_port is no address", param="bootstrap_host")
     if not 0 <= number < 1 << 63:
