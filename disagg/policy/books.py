@@ -7,6 +7,7 @@ chooses, flips or explains reads them. A trace that is replayed in virtual time 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -61,17 +62,18 @@ class Books:
     Args:
         slo: what was promised to clients.
         window_s: over which demand is averaged.
+        stall_s: see `disagg.policy.forecast.Forecast`.
 
     Attributes:
         hit_tokens: of all prompts with names so far, what the engines that were chosen held already, as far as that is known.
         prompt_tokens: of all of these prompts.
     """
 
-    def __init__(self, slo: Slo | None = None, *, window_s: float = 120.0) -> None:
+    def __init__(self, slo: Slo | None = None, *, window_s: float = 120.0, stall_s: float = math.inf) -> None:
         self.slo = slo or Slo()
         self.in_flight = InFlight()
         self.ledger = Ledger()
-        self.forecast = Forecast()
+        self.forecast = Forecast(stall_s=stall_s)
         self.history = PrefixHistory()
         self._window_s = window_s
         self.comparison = Comparison(self.slo.ttft_s, self.slo.itl_s)
