@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from statistics import median
 
+import msgspec
 import pytest
 
-from disagg.model import EngineAddress, EngineFacts, EngineId, EngineState, EngineView, Pool, Role
+from disagg.cluster.detector import Answered, EngineDetector
+from disagg.model import EngineAddress, EngineFacts, EngineId, EngineLoad, EngineState, EngineView, Pool, Role
 from disagg.policy import forecast as module
+from disagg.policy.books import Books
 from disagg.policy.cost import ENOUGH, FEW_MOST, Fit, Line, at
 from disagg.policy.forecast import OWN, TRY_EACH, Forecast, Outlook
+from disagg.policy.reports import Contradictions, Reports, possible
 from disagg.policy.route import InFlight, choose
+from disagg.router.admin import forecast_json
+from disagg.status import _doubts
 from tests.test_forecast import CPU, GPU, Engine, World
 
 TOLERANCE = 1.5
@@ -289,3 +296,116 @@ def test_a_router_that_stood_still_believes_nothing_of_that_time(seconds: float,
 
 def test_one_that_does_not_notice_takes_all_engines_to_be_late() -> None:
     assert stalled(180.0, known=False, stall_s=float("inf")).forecast.late_s(0) > 10.0
+
+
+# --- load reports
+
+GOOD = EngineLoad(running=3, waiting=1, kv_used_tokens=500, kv_total_tokens=1000)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kv_total_tokens": -1},
+        {"kv_total_tokens": 1 << 62},
+        {"kv_used_tokens": -5},
+        {"kv_used_tokens": 1 << 62},
+        {"running": -1},
+        {"requests": 1 << 60},
+        {"kv_quarantined_tokens": 900},
+        {"kv_quarantined_tokens": -900},
+        {"kv_total_tokens": 0},
+        {"kv_total_tokens": 1},
+    ],
+    ids=str,
+)
+def test_a_report_that_cannot_be_true_takes_no_room_and_is_told(wrong: dict[str, int]) -> None:
+    reports, books = Reports(), Books()
+    books.grow(1)
+    for _ in range(10):
+        books.ledger.note_report(0, reports.take(GOOD))
+    assert not reports.doubt
+    load = reports.take(msgspec.structs.replace(GOOD, **wrong))
+    assert reports.doubt.startswith("its load reports are not believed: ")
+    books.ledger.note_report(0, load)
+    engine = msgspec.structs.replace(_view(0, Role.DECODE), load=load)
+    assert possible(load) == (load, ""), "what is passed on can be"
+    assert load.kv_total_tokens in {0, 1000}
+    assert books.ledger.room(engine, 400, 0)
+    assert books.ledger.drift(0) <= 500
+    books.holds(engine)
+    assert books.write_s(engine) > 0.0
+    reports.take(GOOD)
+    reports.take(GOOD)
+    assert not reports.doubt, "it is well again"
+
+
+def test_without_a_look_at_them_one_report_would_close_an_engine_for_long() -> None:
+    books = Books()
+    books.grow(1)
+    books.ledger.note_report(0, msgspec.structs.replace(GOOD, kv_used_tokens=1 << 62))
+    for _ in range(20):
+        books.ledger.note_report(0, GOOD)
+    assert not books.ledger.room(msgspec.structs.replace(_view(0, Role.DECODE), load=GOOD), 100, 0)
+
+
+def test_a_capacity_is_believed_when_it_was_said_twice_and_one_that_changes_always_never() -> None:
+    reports = Reports()
+    reports.take(GOOD)
+    for total in range(2000, 2100):
+        assert reports.take(msgspec.structs.replace(GOOD, kv_total_tokens=total)).kv_total_tokens == 1000
+        assert reports.doubt == "its load reports are not believed: its KV capacity of 1000 tokens changes"
+    assert reports.take(msgspec.structs.replace(GOOD, kv_total_tokens=2099)).kv_total_tokens == 2099
+    assert not reports.doubt
+
+
+def test_a_detector_shows_what_is_believed_and_a_new_process_begins_anew() -> None:
+    detector = EngineDetector(EngineAddress(EngineId("d"), Role.DECODE, "h", 1), slot=0, probe_interval_s=1.0, now=0.0)
+    facts = EngineFacts(model="m")
+    detector.handle(Answered(facts, GOOD), now=1.0)
+    assert (detector.view.load, detector.view.distrust) == (GOOD, "")
+    detector.handle(Answered(facts, msgspec.structs.replace(GOOD, kv_used_tokens=-3)), now=2.0)
+    assert detector.view.load.kv_used_tokens == 0
+    assert "counts below 0" in detector.view.distrust
+    detector.handle(Answered(facts, GOOD), now=3.0)
+    assert (detector.view.load, detector.view.distrust) == (GOOD, "")
+    detector.check()
+
+
+def test_a_report_that_contradicts_what_was_sent_there_is_told_within_ten_seconds() -> None:
+    looks, idle = Contradictions(), EngineLoad(kv_total_tokens=1000)
+    for tenth in range(100):
+        looks.look(0, idle, 2, now=tenth / 10)
+        looks.look(1, GOOD, 2, now=tenth / 10)
+        looks.look(2, idle, tenth % 3, now=tenth / 10)
+    assert "contradict what was sent there" in looks.doubt(0, now=10.0)
+    assert not any(looks.doubt(slot, now=10.0) for slot in (1, 2)), "short answers come and go between reports"
+    looks.look(0, GOOD, 2, now=11.0)
+    assert not looks.doubt(0, now=20.0)
+
+
+# --- what a person sees
+
+
+def test_what_is_distrusted_is_told_and_nothing_where_all_is_well() -> None:
+    world = World(Engine(GPU))
+    world.traffic(0, 0.5, 60.0)
+    books, view = Books(), _view(0, Role.PREFILL)
+    books.forecast = world.forecast
+
+    def told() -> list[str]:
+        return _doubts(forecast_json(books, view, world.now))
+
+    assert told() == []
+    world.engines[0].slow = 5.1
+    world.traffic(0, 0.2, 12.0)
+    assert re.fullmatch(r"how long it reads: [45]\.\d times slower than it was, since \d+ s", told()[0])
+    world.engines[0].slow = 1.0
+    world.traffic(0, 0.5, 60.0)
+    assert told() == []
+    world.run(5.0)
+    world.forecast.forget(0)
+    assert told() == [], "nobody has asked it since"
+    world.send(0, 1000)
+    world.run(2.0)
+    assert told() == [f"how long it reads is not trusted: 1 samples so far; taken from {OWN}"]

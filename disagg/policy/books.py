@@ -18,6 +18,7 @@ from disagg.policy.balance import Demand
 from disagg.policy.forecast import Forecast, Outlook, Reading
 from disagg.policy.history import BLOCK, PrefixHistory
 from disagg.policy.ledger import RESERVED_TOKENS, Ledger
+from disagg.policy.reports import Contradictions
 from disagg.policy.route import InFlight, choose
 
 CACHE_TOKENS = 1 << 20
@@ -75,6 +76,7 @@ class Books:
         self.ledger = Ledger()
         self.forecast = Forecast(stall_s=stall_s)
         self.history = PrefixHistory()
+        self.contradictions = Contradictions()
         self._window_s = window_s
         self.comparison = Comparison(self.slo.ttft_s, self.slo.itl_s)
         self._demands: dict[str, Demand] = {}

@@ -637,6 +637,9 @@ class Admission:
             if due is not None and due <= now:
                 self._send_away(queue.expire(now=now, jitter=self._chance()))
         self.books.forecast.tick(now)
+        for engine in self._view().engines:
+            if engine.slot < self.books.forecast.engines:
+                self.books.contradictions.look(engine.slot, engine.load, self.books.forecast.writing(engine.slot), now=now)
         self._tick_arms(now)
         self.look_soon()
 
