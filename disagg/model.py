@@ -207,6 +207,7 @@ class EngineView(msgspec.Struct, frozen=True):
         still_s: for how long it made no progress although it had work.
         unpaired: why no ready engine of the other role can take part in a pair with it; empty when one can, or none is ready.
         owned: its agent started it and nobody else sends requests there; not known of one that was given by URL or attached.
+        distrust: what of its reports is not believed, one sentence; the load is what is believed.
         weight: how many requests one request on it counts for when the least loaded is looked for: more than 1 for a slow one.
     """
 
@@ -221,6 +222,7 @@ class EngineView(msgspec.Struct, frozen=True):
     unpaired: str = ""
     owned: bool = False
     weight: float = 1.0
+    distrust: str = ""
 
     @property
     def id(self) -> EngineId:

@@ -59,6 +59,8 @@ START_POLL_S = 0.02
 DRAIN_POLL_S = 0.02
 CUT_LIMIT_S = 0.5
 """How long the last words to clients may take."""
+STALL_S = 1.0
+"""The books are looked after ten times a second: when nobody did for so long, the process stood still, and no time across that counts."""
 ARRIVAL_S = 1.0
 """How long a client that has connected may take to begin a request, when the router drains. A connection that is closed while a request is
 on its way to it loses that; it is said with the answer that the connection ends."""
@@ -234,7 +236,7 @@ async def router_running(
         ids = Ids(entropy)
         pace = Pace(_limits(config), section.whole_answer_timeout_s)
         tempo = Tempo().scaled(config.policy.speed)
-        books = Books(Slo(config.slo.ttft_s, config.slo.itl_s), window_s=tempo.window_s, prefixes=controller.prefixes)
+        books = Books(Slo(config.slo.ttft_s, config.slo.itl_s), window_s=tempo.window_s, prefixes=controller.prefixes, stall_s=STALL_S)
         admission = Admission(
             books=books,
             pace=pace,

@@ -107,6 +107,7 @@ def _why(thing: Mapping[str, Any]) -> str:
     notes = [said] if said else []
     notes += [] if said or cache["known"] else [f"prefix cache unknown, routing guesses what it holds: {cache['reason']}"]
     slow = thing.get("weight", 1.0)
+    notes += thing.get("distrusted", [])
     notes += _doubts(thing.get("forecast"))
     notes += [f"it is {slow:g} times as slow as the median of its pool, and gets that much less work"] if slow > 1.0 else []
     notes += [f"{kept} tokens of its KV pool are kept from use: a peer that is gone might still write into them"] if kept else []
@@ -119,7 +120,17 @@ def _doubts(forecast: Mapping[str, Any] | None) -> list[str]:
         return []
     names = {"reads": "how long it reads", "steps": "how long its steps take"}
     told = [(names[name], forecast[name]) for name in names if name in forecast]
-    return [f"{what} is not trusted: {line['doubt']}" for what, line in told if line["samples"] >= _ENOUGH and line["doubt"]]
+    notes = []
+    for what, line in told:
+        changed = line.get("changed")
+        if changed is not None:
+            times, ago = changed["times"], f"{changed['ago_s']:.0f} s"
+            notes.append(
+                f"{what}: {f'{times:.1f} times slower' if times > 1 else f'{1 / times:.1f} times faster'} than it was, since {ago}"
+            )
+        elif line["doubt"] and (line["samples"] >= _ENOUGH or (line["samples"] and line.get("restarted"))):
+            notes.append(f"{what} is not trusted: {line['doubt']}")
+    return notes
 
 
 def hosts_table(hosts: Sequence[Mapping[str, Any]]) -> str:

@@ -46,6 +46,7 @@ ROOMS: dict[str, frozenset[str]] = {
             "disagg.policy.holds",
             "disagg.policy.prefix",
             "disagg.policy.replay",
+            "disagg.policy.reports",
             "disagg.policy.queue",
             "disagg.policy.ab",
             "disagg.policy.balance",

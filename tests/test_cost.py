@@ -111,7 +111,7 @@ def test_the_samples_that_showed_a_change_are_not_scaled_with_those_from_before_
         fit.line(now=float(i))
     for i in range(RECENT):
         assert fit.trust.doubt == ""
-        fit.seen((8.0, 4_000.0), 0.04 * scale, now=100.0 + i)
+        fit.seen((8.0, 4_000.0), 0.04 * scale, now=100.0 + 0.1 * i)
     assert "has just become" in fit.trust.doubt
     for i in range(20):
         fit.seen((8.0, 4_000.0), 0.04 * scale, now=200.0 + 10 * i)

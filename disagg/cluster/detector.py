@@ -37,6 +37,7 @@ import msgspec
 
 from disagg.engines.progress import Progress
 from disagg.model import MODES, EngineAddress, EngineFacts, EngineId, EngineLoad, EngineState, EngineView, HostId, HostState
+from disagg.policy.reports import Reports
 from disagg.wire.messages import EngineReport
 
 REFUSALS_UNTIL_DEAD = 2
@@ -190,6 +191,7 @@ class EngineDetector:
         self._vain_at: float | None = None  # when a question that was not answered yet counts as asked in vain
         self._lifeless = False
         self._progress = Progress()
+        self._reports = Reports()
         self._watched_at = NEVER
         self._hung = False
         self._failed_over = False
@@ -288,7 +290,9 @@ class EngineDetector:
         if report.facts.model or report.facts.part:
             self._take(report.facts, report.load)
         elif report.state in _NOTHING_RUNS:
-            self._view = msgspec.structs.replace(self._view, load=EngineLoad())  # what ran on the process before has ended with it
+            self._view = msgspec.structs.replace(
+                self._view, load=EngineLoad(), distrust=""
+            )  # what ran on the process before has ended with it
         if self._agent_is_heard:
             self._gone, self._lifeless = "", False
             self._watch(report.counter, report.working and not self._is_exempt, now)
@@ -378,7 +382,7 @@ class EngineDetector:
             return
         self._replaced = "" if self._failed_over else f"its process {last[0]} was replaced by {report.pid}"
         self._begin_process()
-        self._view = msgspec.structs.replace(self._view, facts=EngineFacts(), load=EngineLoad())
+        self._view = msgspec.structs.replace(self._view, facts=EngineFacts(), load=EngineLoad(), distrust="")
 
     def _note_bytes(self, at: float) -> None:
         if not at or at <= self._last_bytes_at:
@@ -414,8 +418,9 @@ class EngineDetector:
         return []
 
     def _take(self, facts: EngineFacts, load: EngineLoad) -> None:
-        view = self._view
-        self._view = msgspec.structs.replace(view, facts=view.facts if facts == view.facts else facts, load=load)
+        view, load = self._view, self._reports.take(load)
+        facts = view.facts if facts == view.facts else facts
+        self._view = msgspec.structs.replace(view, facts=facts, load=load, distrust=self._reports.doubt)
 
     @property
     def _mode_fault(self) -> str:

@@ -15,6 +15,7 @@ What an engine holds is the history's guess. Where an engine publishes its cache
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 
@@ -27,6 +28,7 @@ from disagg.policy.forecast import Forecast, Outlook, Reading
 from disagg.policy.history import BLOCK, PrefixHistory
 from disagg.policy.ledger import RESERVED_TOKENS, Ledger
 from disagg.policy.prefix import Ids, PrefixIndex
+from disagg.policy.reports import Contradictions
 from disagg.policy.route import InFlight, choose
 
 CACHE_TOKENS = 1 << 20
@@ -115,17 +117,25 @@ class Books:
         slo: what was promised to clients.
         window_s: over which demand is averaged.
         prefixes: what engines say of their prefix caches; None where nobody does.
+        stall_s: see `disagg.policy.forecast.Forecast`.
 
     Attributes:
         hit_tokens: of all prompts with names so far, what the engines that were chosen held already, as far as that is known.
         prompt_tokens: of all of these prompts.
     """
 
-    def __init__(self, slo: Slo | None = None, *, window_s: float = 120.0, prefixes: PrefixIndex | None = None) -> None:
+    def __init__(
+        self,
+        slo: Slo | None = None,
+        *,
+        window_s: float = 120.0,
+        prefixes: PrefixIndex | None = None,
+        stall_s: float = math.inf,
+    ) -> None:
         self.slo = slo or Slo()
         self.in_flight = InFlight()
         self.ledger = Ledger()
-        self.forecast = Forecast()
+        self.forecast = Forecast(stall_s=stall_s)
         self.history = PrefixHistory()
         self.prefixes = PrefixIndex() if prefixes is None else prefixes
         self._slots: dict[EngineId, int] = {}  # of those that were heard of
@@ -133,6 +143,7 @@ class Books:
         self._peaks: dict[int, _Peak] = {}
         self._untold: dict[bytes, list[_Untold]] = {}  # by how the prompts begin
         self._untold_order: deque[_Untold] = deque()
+        self.contradictions = Contradictions()
         self._window_s = window_s
         self.comparison = Comparison(self.slo.ttft_s, self.slo.itl_s)
         self._demands: dict[str, Demand] = {}

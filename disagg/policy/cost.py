@@ -16,7 +16,8 @@ much less in how a long prompt compares with a short one.
 
 Robust fits are slow to believe that the engine itself has changed. So the last samples are compared with what the line said before it
 knew them: when all of them lie off by more than `SHIFT` in the same direction, the engine has become slower or faster as a whole, and
-what is remembered from before them is scaled by the middle one. Its shape stays until new samples say otherwise.
+what is remembered from before them is scaled by the middle one. Its shape stays until new samples say otherwise. Where samples are seldom
+fewer are enough, if they lie off by more than `FEW_SHIFT` and agree with each other: five of them would take half a minute.
 """
 
 from __future__ import annotations
@@ -50,8 +51,16 @@ ENOUGH = 8
 RECENT = 5
 SHIFT = 1.5
 """Times as long, or as short: a line that is wrong by this much, `RECENT` times in a row and always in one direction, has changed."""
+FEW = 2
+FEW_S = 2.0
+FEW_SHIFT = 2.0
+FEW_MOST = 30.0
+"""So are this many, of which the first is so many seconds older than the last, if all lie off by this much, and by no more. What went
+wrong once, as a prompt that was not cached after all, mostly goes wrong for its neighbours: those that are close together count as one."""
 ERRORS_LIMIT = 64
 """Predictions of which the error is known."""
+CHANGED_S = 600.0
+"""For so long it is told that an engine has changed; one that changed back within this time has not."""
 REFIT_S = 1.0
 REFIT_LIMIT_S = 10.0
 """A line of many samples is fitted anew less often: one more changes little, and what changes all is noticed without."""
@@ -79,11 +88,13 @@ class Prior(msgspec.Struct, frozen=True):
         line: its coefficients.
         points: work at which it was measured, or at least makes sense.
         origin: for people, as "4x A100, a 70B model".
+        own: it was measured on this very engine, before it was started anew.
     """
 
     line: Line
     points: tuple[Features, ...]
     origin: str
+    own: bool = False
 
 
 class Trust(msgspec.Struct, frozen=True):
@@ -93,11 +104,17 @@ class Trust(msgspec.Struct, frozen=True):
         samples: real ones, ever.
         error: of the last predictions, the middle relative one; None before there were any.
         doubt: why it is not to be trusted at the moment; empty if it is.
+        own: without enough samples it is taken from what the engine did before it was started anew.
+        changed: how many times as slow it has become since `changed_at`; 1 where it has not changed.
+        changed_at: when that was seen last.
     """
 
     samples: int
     error: float | None
     doubt: str
+    own: bool = False
+    changed: float = 1.0
+    changed_at: float = -math.inf
 
 
 class _Sample:
@@ -118,9 +135,24 @@ class Fit:
 
     Attributes:
         latest: the line as it was last fitted, or as it was scaled since; None as long as nothing is known.
+        seen_at: when the last sample came; -inf before.
     """
 
-    __slots__ = ("_classes", "_count", "_errors", "_features", "_fitted_at", "_prior", "_recent", "_shifted", "_stale", "latest")
+    __slots__ = (
+        "_changed",
+        "_classes",
+        "_count",
+        "_errors",
+        "_features",
+        "_fitted_at",
+        "_prior",
+        "_recent",
+        "_shifted",
+        "_shifted_at",
+        "_stale",
+        "latest",
+        "seen_at",
+    )
 
     def __init__(self, features: int, prior: Prior | None = None) -> None:
         if prior is not None and {features} != {len(prior.line) - 1, *map(len, prior.points)}:
@@ -133,25 +165,32 @@ class Fit:
         self._errors: deque[float] = deque(maxlen=ERRORS_LIMIT)
         self.latest: Line | None = None if prior is None else prior.line
         self._shifted = 0.0  # the scale of the last shift; 0 for none
+        self._shifted_at = -math.inf
+        self._changed = 1.0  # all shifts that followed each other within CHANGED_S, together
+        self.seen_at = -math.inf
         self._fitted_at = -math.inf
         self._stale = False
 
     # --- what happens
 
-    def seen(self, features: Features, seconds: float, *, now: float) -> None:
+    def seen(self, features: Features, seconds: float, *, now: float) -> float:
         """A piece of work was done.
 
         Args:
             features: what it was; none of them below 0.
             seconds: how long it took. What is not above 0, or not a number, is no measurement and counts for nothing.
             now: when it was done.
+
+        Returns:
+            How many times as slow the line has become as a whole by this; 1 where it has not.
         """
         if len(features) != self._features:
             raise ValueError(f"{len(features)} features for a line of {self._features}")
         if not (math.isfinite(seconds) and seconds > 0.0 and all(math.isfinite(x) and x >= 0.0 for x in features)):
-            return
+            return 1.0
         sample = _Sample(features, seconds, now)
-        self._compare(sample)
+        self.seen_at = now
+        scale = self._compare(sample)
         self._count += 1
         key = tuple(int(x).bit_length() for x in features)
         kept = self._classes.pop(key, None) or deque(maxlen=CLASS_LIMIT)
@@ -160,29 +199,58 @@ class Fit:
         while len(self._classes) > CLASSES_LIMIT:
             self._classes.pop(next(iter(self._classes)))
         self._stale = True
+        return scale
 
-    def _compare(self, sample: _Sample) -> None:
-        """The prediction comes before the sample: an error of what was known already says nothing."""
+    def _compare(self, sample: _Sample) -> float:
+        """The prediction comes before the sample: an error of what was known already says nothing. Returns the scale of a shift, or 1."""
         line = self.latest
         if line is None:
-            return
+            return 1.0
         said = max(at(line, sample.features), _LEAST_S)
         self._errors.append(abs(said - sample.seconds) / sample.seconds)
         self._recent.append((sample, math.log(sample.seconds / said)))
-        off = [r for _, r in self._recent]
-        least = min(off, key=abs)
-        if len(off) < RECENT or abs(least) < math.log(SHIFT) or any((r > 0) != (least > 0) for r in off):
-            return
-        self._shift(math.exp(median(off)))
+        run = self._run()
+        if not run:
+            return 1.0
+        scale = math.exp(median(r for _, r in run))
+        self.shift(scale, since=run[0][0].at, now=sample.at)
+        return scale
 
-    def _shift(self, scale: float) -> None:
-        """What it did before it changed would have taken so many times as long now; the samples that showed it have."""
-        new = {sample for sample, _ in self._recent}
+    def _run(self) -> list[tuple[_Sample, float]]:
+        """The last samples, if they show that the engine has changed."""
+        recent = list(self._recent)
+        if len(recent) == RECENT and _are_off(recent, SHIFT):
+            return recent
+        if self._count < ENOUGH:  # what few samples made would be moved by fewer: the fit itself follows as quickly
+            return []
+        for first in range(len(recent) - FEW, -1, -1):
+            run = recent[first:]
+            if run[-1][0].at - run[0][0].at >= FEW_S:
+                off = [r for _, r in run]
+                is_sane = max(map(abs, off)) <= math.log(FEW_MOST)
+                return run if is_sane and _are_off(run, FEW_SHIFT) and max(off) - min(off) < math.log(SHIFT) else []
+        return []
+
+    @property
+    def seems_faster(self) -> bool:
+        """The last sample was so quick that one more like it would show that the engine has changed."""
+        return bool(self._recent) and self._count >= ENOUGH and self._recent[-1][1] <= -math.log(FEW_SHIFT)
+
+    def shift(self, scale: float, *, since: float, now: float) -> None:
+        """What it did before it changed would have taken so many times as long now; what it did since has.
+
+        Args:
+            scale: so many times.
+            since: when the first sample came that showed it.
+            now: when it was seen.
+        """
         for kept in self._classes.values():
             for sample in kept:
-                if sample not in new:
+                if sample.at < since or sample.at > now:  # by a clock that has jumped back since
                     sample.seconds *= scale
+        self._changed = scale * (self._changed if 0.0 <= now - self._shifted_at <= CHANGED_S else 1.0)
         self._shifted = scale
+        self._shifted_at = now
         self._recent.clear()
         self._errors.clear()
         self.latest = None if self.latest is None else tuple(c * scale for c in self.latest)
@@ -224,7 +292,13 @@ class Fit:
     def trust(self) -> Trust:
         """Whether to believe it."""
         error = median(self._errors) if self._errors else None
-        return Trust(self._count, error, self._doubt(error))
+        own = self._prior is not None and self._prior.own
+        return Trust(self._count, error, self._doubt(error), own, self._changed, self._shifted_at)
+
+    @property
+    def is_own(self) -> bool:
+        """It says what this engine does, by enough samples of it or by what it did before it was started anew."""
+        return self._count >= ENOUGH or (self._prior is not None and self._prior.own)
 
     def _doubt(self, error: float | None) -> str:
         if self._shifted and len(self._errors) < RECENT:
@@ -269,6 +343,12 @@ class Fit:
     def __repr__(self) -> str:
         line = "unknown" if self.latest is None else " + ".join(f"{c:.3g}" for c in self.latest)
         return f"<Fit {line} of {self._count} samples>"
+
+
+def _are_off(run: Sequence[tuple[_Sample, float]], times: float) -> bool:
+    """All by so many times, in one direction."""
+    off = [r for _, r in run]
+    return min(off) >= math.log(times) or max(off) <= -math.log(times)
 
 
 # --- least squares

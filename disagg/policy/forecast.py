@@ -23,7 +23,13 @@ late, it is taken to remain late for as long as it is late already: an engine th
 has finished anything.
 
 Before anything was measured an engine has the line of that of its peers which is known best, or one that was measured on other hardware
-(`READS`, `STEPS`): enough to tell a long queue from a short one, nothing to refuse anybody for. `trust` says which it is.
+(`READS`, `STEPS`): enough to tell a long queue from a short one, nothing to refuse anybody for. `trust` says which it is. One that was
+started anew has the line that it had before.
+
+**What cannot be believed.** When the router itself stood still (nobody called `tick` for `stall_s`), times that lie across that are not
+the engines'. And an engine that was slow once is avoided, so that nobody would learn that it is well again: such a one is *due* for a try
+when nothing was seen of it for `TRY_S` and `TRY_EACH` requests went to others meanwhile. A try may cost its request at most `TRY_SHARE` of
+that time more than the best engine would: short prompts try soon, long ones on a very slow engine hardly ever.
 """
 
 from __future__ import annotations
@@ -36,13 +42,17 @@ from statistics import median
 
 import msgspec
 
-from disagg.policy.cost import ENOUGH, SHIFT, Fit, Line, Prior, Trust, middle, square
+from disagg.policy.cost import ENOUGH, SHIFT, Fit, Line, Prior, Trust, at, middle, square
 
 READS: Line = (0.015, 8.0e-5, 1.0e-9)
 STEPS: Line = (0.012, 1.0e-4, 2.0e-8)
 """Seconds: a model of some 8 billion parameters on a GPU of the year 2020; see `disagg.policy.cost` for what they are multiplied with."""
 _READ_POINTS = ((256.0, float(square(0, 256))), (2048.0, float(square(0, 2048))), (16384.0, float(square(0, 16384))))
+READ_PROBE = (1000.0, 1e6)
+STEP_PROBE = (8.0, 8000.0)
+"""Work by which engines are compared."""
 _STEP_POINTS = ((1.0, 1000.0), (16.0, 16_000.0), (64.0, 128_000.0))
+OWN = "what it did before it was started anew"
 STEP_EVERY_S = 0.1
 """Steps are all alike: more samples than this would say nothing more."""
 TOGETHER_S = 0.004
@@ -68,6 +78,14 @@ ANSWER_TOKENS = 200.0
 """How long answers are taken to be before one has ended."""
 BATCH_LIMIT = 4096
 ALONE_TIMES = 1.5
+TRY_S = 10.0
+TRY_AGAIN_S = 2.0
+"""The same where the last sample said that it is faster than its line: the next one tells."""
+TRY_EACH = 20
+"""Requests, of which one at most is a try of the same engine."""
+TRY_SHARE = 0.05
+TRY_FROM = SHIFT
+"""Engines that seem to be so many times as slow as the fastest one get nothing where there is little to do."""
 JUDGED_AT_ONCE = 4
 """Engines whose links are judged in one tick: a fraction of a millisecond each."""
 
@@ -84,12 +102,14 @@ class Reading:
         wait_s: what it was expected to wait before.
         alone: it found the engine idle, as far as that is known.
         overtaken: the first token of a later prompt came before its own, out of another pass.
+        blind: the router stood still meanwhile: when its first token came is not known.
     """
 
-    __slots__ = ("alone", "busy_s", "cached", "new", "overtaken", "seconds", "sent_at", "slot", "wait_s")
+    __slots__ = ("alone", "blind", "busy_s", "cached", "new", "overtaken", "seconds", "sent_at", "slot", "wait_s")
 
     def __init__(self, slot: int, new: int, cached: int, seconds: float, busy_s: float, sent_at: float, *, alone: bool) -> None:
         self.alone = alone
+        self.blind = False
         self.busy_s = busy_s
         self.overtaken = False
         self.wait_s = 0.0
@@ -218,6 +238,14 @@ class Outlook:
         """Seconds of them that it would wait there."""
         return self._forecast.wait_s(slot, now=self._now)
 
+    def may_try(self, *, writes: bool) -> Collection[int]:
+        """The slots of engines that were slow when something was seen of them last, and should be tried again. Mostly none."""
+        return self._forecast.due_steps if writes else self._forecast.due_reads
+
+    def try_s(self, slot: int, *, writes: bool) -> float:
+        """By how many seconds a try of this engine may be worse than the best one."""
+        return self._forecast.try_s(slot, writes=writes, now=self._now)
+
     def link_s(self, prefill: int, decode: int) -> float:
         """Seconds that the way from one engine to the other adds to the first token, more than the fastest way from there."""
         return self._forecast.link_s(prefill, decode, self.tokens)
@@ -255,7 +283,14 @@ class Known(msgspec.Struct, frozen=True):
 
 
 class Forecast:
-    """All engines, by slot."""
+    """All engines, by slot.
+
+    Args:
+        stall_s: `tick` is called more often than this, unless the whole process stands still.
+
+    Attributes:
+        due_reads, due_steps: slots of engines that should be tried again, see the module.
+    """
 
     __slots__ = (
         "_answer",
@@ -275,14 +310,28 @@ class Forecast:
         "_prompt",
         "_queue",
         "_reads",
+        "_sent",
+        "_sent_then",
         "_since",
+        "_stall_s",
+        "_stalled_at",
         "_stepped_at",
         "_steps",
+        "_ticked_at",
         "_turn",
         "_writing",
+        "due_reads",
+        "due_steps",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, *, stall_s: float = math.inf) -> None:
+        self._stall_s = stall_s
+        self._stalled_at = -math.inf  # when the last stall was over
+        self._ticked_at = math.inf  # -inf would be a stall
+        self._sent = 0  # prompts, ever
+        self._sent_then: list[tuple[int, int]] = []  # how many of them when this engine's pass and step were measured last
+        self.due_reads: set[int] = set()
+        self.due_steps: set[int] = set()
         self._reads: list[Fit] = []
         self._steps: list[Fit] = []
         self._queue: list[dict[Reading, None]] = []
@@ -325,6 +374,7 @@ class Forecast:
             self._stepped_at.append(-math.inf)
             self._writing.append(0)
             self._kv.append(0)
+            self._sent_then.append((0, 0))
 
     @staticmethod
     def _new(fits: list[Fit], line: Line, points: tuple[tuple[float, float], ...]) -> Fit:
@@ -338,8 +388,12 @@ class Forecast:
         """The engine is another process or has another role. What is in flight there goes on until it is said to be over."""
         if slot < len(self._reads):
             for fits, line, points in ((self._reads, READS, _READ_POINTS), (self._steps, STEPS, _STEP_POINTS)):
-                fits[slot] = self._new(fits[:slot] + fits[slot + 1 :], line, points)
+                known, others = fits[slot], fits[:slot] + fits[slot + 1 :]
+                own = known.latest if known.is_own else None
+                fits[slot] = self._new(others, line, points) if own is None else Fit(2, Prior(own, points, OWN, own=True))
             self._busy[slot] = Fit(2)
+            self.due_reads.discard(slot)
+            self.due_steps.discard(slot)
             self._late[slot] = 0.0
             self._pass[slot] = None
             self._links[slot] = {}
@@ -358,6 +412,8 @@ class Forecast:
             cached: those before them, whose KV it holds.
             now: monotonic seconds, as everywhere here.
         """
+        self._sent += 1
+        self.due_reads.discard(slot)
         queue = self._queue[slot]
         alone = not queue and not self._murky[slot]
         reading = Reading(slot, new, cached, self.pass_s(slot, new, cached), self.busy_s(slot, new, cached), now, alone=alone)
@@ -379,6 +435,9 @@ class Forecast:
             now: when.
         """
         slot = reading.slot
+        if reading.blind or self._is_stalled(now):
+            self._read_blindly(reading, now)
+            return
         if not reading.alone:
             late_s = now - reading.sent_at - reading.wait_s - reading.seconds
             known = self._late[slot]
@@ -413,6 +472,31 @@ class Forecast:
         self._pass[slot] = one
         self._since[slot] = max(done_at, reading.sent_at)
         self._murky[slot] = False
+
+    def _is_stalled(self, now: float) -> bool:
+        """The router stands still, or has just gone on and does not know it yet."""
+        return now - self._ticked_at > self._stall_s
+
+    def _read_blindly(self, reading: Reading, now: float) -> None:
+        """It is read, and nobody knows since when."""
+        slot = reading.slot
+        self._pass[slot] = None
+        self._murky[slot] = bool(self._queue[slot])
+        self._since[slot] = now
+        if not reading.overtaken:
+            self._leave(reading)
+            self._murky[slot] = bool(self._queue[slot])
+
+    def _stalled(self, now: float) -> None:
+        """What is under way was so while the router stood still."""
+        for slot, queue in enumerate(self._queue):
+            for reading in queue:
+                reading.blind = True
+            last = self._pass[slot]
+            if last is not None and last.at > self._ticked_at:
+                self._pass[slot] = None
+            self._since[slot] = max(self._since[slot], now) if queue else self._since[slot]
+        self._stalled_at = now
 
     def _is_too_soon(self, last: _Pass, reading: Reading, now: float) -> bool:
         """Whether it cannot have been read since the first token before it, and came out of that one's pass."""
@@ -451,9 +535,22 @@ class Forecast:
         if done.link is not None:
             self._note(slot, *done.link, done.at)
         work = (float(done.new), float(done.square))
-        self._reads[slot].seen(work, done.seconds, now=done.at)
-        if done.waited:
-            self._busy[slot].seen(work, done.seconds, now=done.at)
+        reads, busy = self._reads[slot], self._busy[slot]
+        self._sent_then[slot] = self._sent, self._sent_then[slot][1]
+        scale = reads.seen(work, done.seconds, now=done.at)
+        own = busy.seen(work, done.seconds, now=done.at) if done.waited else 1.0
+        if scale != 1.0:
+            self._changed(slot, scale, busy_too=own == 1.0, now=done.at)
+
+    def _changed(self, slot: int, scale: float, *, busy_too: bool, now: float) -> None:
+        """An engine has become so many times as slow: so is what it has still to do, and by how much it was late says nothing any more."""
+        if busy_too:
+            self._busy[slot].shift(scale, since=now, now=now)
+        self._late[slot] = 0.0
+        for reading in self._queue[slot]:
+            reading.seconds *= scale
+            reading.busy_s *= scale
+        self._backlog[slot] = sum(reading.busy_s for reading in self._queue[slot])
 
     def _note(self, slot: int, decode: int, travel: _Travel, now: float) -> None:
         link = self._links[slot].setdefault(decode, _Link())
@@ -490,7 +587,7 @@ class Forecast:
         Until then all have the same one. Else of two engines that are alike the one that was measured first would seem to be the slower
         one, where the prior is too fast, and get nothing.
         """
-        return fit.latest if fit.samples >= ENOUGH and fit.latest is not None else of_others
+        return fit.latest if fit.latest is not None and fit.is_own else of_others
 
     def pass_s(self, slot: int, new: int, cached: int = 0) -> float:
         """Seconds that this engine needs for one prompt once it begins."""
@@ -544,6 +641,7 @@ class Forecast:
 
     def began(self, slot: int, kv_tokens: int) -> None:
         """The engine writes one more answer, whose KV is so many tokens."""
+        self.due_steps.discard(slot)
         self._writing[slot] += 1
         self._kv[slot] += kv_tokens
 
@@ -577,8 +675,11 @@ class Forecast:
 
     def stepped(self, slot: int, seconds: float, *, now: float) -> None:
         """A stream of this engine made a step."""
+        if self._is_stalled(now) or now - seconds < self._stalled_at:
+            return  # the router stood still in that time
         if abs(now - self._stepped_at[slot]) >= STEP_EVERY_S:
             self._stepped_at[slot] = now
+            self._sent_then[slot] = self._sent_then[slot][0], self._sent
             self._steps[slot].seen((float(max(1, self._writing[slot])), float(max(0, self._kv[slot]))), seconds, now=now)
 
     def step_s(self, slot: int, batch: int, kv_tokens: int) -> float:
@@ -629,6 +730,9 @@ class Forecast:
 
     def tick(self, now: float) -> None:
         """Judges links, and fits one line anew, of the engines in turn: a millisecond or two, which no decision should have to wait for."""
+        if self._is_stalled(now):
+            self._stalled(now)
+        self._ticked_at = now
         for slot, last in enumerate(self._pass):
             if last is not None and not last.holds(now):
                 self._take(slot, last)
@@ -638,12 +742,32 @@ class Forecast:
                 self._noted.add(slot)
         for _ in range(min(JUDGED_AT_ONCE, len(self._noted))):
             self._judge(self._noted.pop())
+        self.due_reads = self._due(self._reads, READ_PROBE, 0, now)
+        self.due_steps = self._due(self._steps, STEP_PROBE, 1, now)
         fits = [*self._reads, *self._steps, *self._busy]
         for _ in fits:
             self._turn = (self._turn + 1) % len(fits)
             if fits[self._turn].refit(now=now):
                 self._lend()
                 return
+
+    def _due(self, fits: list[Fit], work: tuple[float, float], which: int, now: float) -> set[int]:
+        """Those that were slow when something was seen of them last, which is a while ago, and that have nothing to do now."""
+        known = {slot: at(fit.latest, work) for slot, fit in enumerate(fits) if fit.latest is not None and fit.is_own}
+        limit_s = TRY_FROM * min(known.values(), default=0.0)
+        slow = [slot for slot, seconds in known.items() if seconds > limit_s and not self._queue[slot] and not self._writing[slot]]
+        return {slot for slot in slow if self._is_due(fits[slot], self._sent - self._sent_then[slot][which], now)}
+
+    @staticmethod
+    def _is_due(fit: Fit, others: int, now: float) -> bool:
+        """Nothing was seen of it for long, while so many prompts were sent."""
+        passed_s = now - fit.seen_at
+        return passed_s >= TRY_AGAIN_S if fit.seems_faster else passed_s >= TRY_S and others >= TRY_EACH
+
+    def try_s(self, slot: int, *, writes: bool, now: float) -> float:
+        """By how many seconds a try of an engine that is due may be worse than the best one."""
+        fit = self._steps[slot] if writes else self._reads[slot]
+        return TRY_SHARE * max(0.0, now - fit.seen_at)
 
     @property
     def engines(self) -> int:
@@ -657,7 +781,7 @@ class Forecast:
         """
         for fits, line, points in ((self._reads, READS, _READ_POINTS), (self._steps, STEPS, _STEP_POINTS)):
             for slot, fit in enumerate(fits):
-                if not fit.samples:
+                if not fit.samples and not fit.is_own:
                     fits[slot] = self._new(fits, line, points)
         self._any_reads = self._best(self._reads, READS)
         self._any_steps = self._best(self._steps, STEPS)

@@ -84,6 +84,7 @@ def choose(
     With an outlook the prefill engine is the one that will give the first token soonest (its queue, and what it must read of this prompt);
     the decode engine the one that costs the least time with it, for this answer and for those that it joins; a unified engine is taken
     where all of that together, and the pause that reading costs its other answers, is less. What is as good within `ALIKE` counts as equal.
+    One that was slow when something was seen of it last is tried again now and then, see `disagg.policy.forecast`.
 
     Among equals, and without an outlook, the least loaded is picked: by the legs that this router has in flight there, with this one, times
     the engine's weight; then the one that was not used for longest; then the lower slot.
@@ -120,13 +121,14 @@ def choose(
 class _Pick:
     """One choice."""
 
-    __slots__ = ("_exclude", "_now", "_outlook", "_turn")
+    __slots__ = ("_exclude", "_now", "_outlook", "_tried", "_turn")
 
     def __init__(self, in_flight: InFlight, exclude: Collection[EngineId], outlook: Outlook | None) -> None:
         self._now = in_flight.now
         self._turn = in_flight.turn
         self._exclude = exclude
         self._outlook = outlook
+        self._tried: int | None = None
 
     def load(self, engine: EngineView) -> float:
         """The requests there, with this one, as its weight counts them."""
@@ -149,18 +151,18 @@ class _Pick:
         outlook = self._outlook
         if outlook is None or len(engines) < 2:
             return self._least(engines)
-        return self._best(engines, lambda engine: outlook.first_token_s(engine.slot))
+        return self._best(engines, lambda engine: outlook.first_token_s(engine.slot), writes=False)
 
     def _decode(self, engines: Sequence[EngineView], prefill: EngineView | None) -> EngineView | None:
         outlook = self._outlook
         if outlook is None or prefill is None or len(engines) < 2:
             return self._least(engines)
         reader = prefill.slot
-        return self._best(engines, lambda engine: outlook.answer_s(engine.slot) + outlook.link_s(reader, engine.slot))
+        return self._best(engines, lambda engine: outlook.answer_s(engine.slot) + outlook.link_s(reader, engine.slot), writes=True)
 
     def unified(self, engines: Sequence[EngineView]) -> EngineView | None:
         """The best unified engine."""
-        return self._least(engines) if self._outlook is None or len(engines) < 2 else self._best(engines, self.alone_s)
+        return self._least(engines) if self._outlook is None or len(engines) < 2 else self._best(engines, self.alone_s, writes=False)
 
     def alone_s(self, engine: EngineView) -> float:
         """What a request costs on a unified engine, seconds of everybody."""
@@ -182,15 +184,22 @@ class _Pick:
         holds = "holds" if outlook.is_told(p) else "should hold"
         held = f", it {holds} {cached} of {outlook.tokens} tokens" if cached else ""
         soon = f"{prefill.id} gives the first token in {outlook.first_token_s(p):.3f} s ({wait_s:.3f} s of them waiting{held})"
-        return f"{soon}; {decode.id} has {_say(self._now[decode.slot])}"
+        tried = "".join(f"; {e.id} was slow and is tried again" for e in (prefill, decode) if e.slot == self._tried)
+        return f"{soon}; {decode.id} has {_say(self._now[decode.slot])}{tried}"
 
-    def _best(self, engines: Sequence[EngineView], seconds: Callable[[EngineView], float]) -> EngineView | None:
-        """The one that takes the fewest seconds; of those that are nearly as good the least loaded."""
-        exclude = self._exclude
+    def _best(self, engines: Sequence[EngineView], seconds: Callable[[EngineView], float], *, writes: bool) -> EngineView | None:
+        """The one that takes the fewest seconds; of those that are nearly as good the least loaded. Or one that is due for a try."""
+        exclude, outlook = self._exclude, self._outlook
         found = [(seconds(engine), engine) for engine in engines if not (exclude and engine.id in exclude)]
         if not found:
             return None
-        limit = min(s for s, _ in found) * (1.0 + ALIKE) + ALIKE_S
+        best_s = min(s for s, _ in found)
+        if outlook is not None and (due := outlook.may_try(writes=writes)):
+            for s, engine in found:
+                if engine.slot in due and s - best_s <= outlook.try_s(engine.slot, writes=writes):
+                    self._tried = engine.slot
+                    return engine
+        limit = best_s * (1.0 + ALIKE) + ALIKE_S
         return self._least([engine for s, engine in found if s <= limit])
 
     def _least(self, engines: Sequence[EngineView]) -> EngineView | None:

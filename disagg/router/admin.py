@@ -13,6 +13,7 @@ from disagg.errors import DisaggError, OrderError, RequestError
 from disagg.model import ClusterView, EngineView, Role
 from disagg.observe.metrics import RouterMetrics
 from disagg.policy.books import Books
+from disagg.policy.cost import CHANGED_S, ENOUGH, SHIFT
 from disagg.policy.holds import Hold
 from disagg.policy.prefix import PrefixIndex, Standing
 from disagg.router.openai import error_object
@@ -137,6 +138,9 @@ class _Looks:
         cluster = cluster_json(view, self._prefixes)
         for row, engine in zip(cluster["engines"], view.engines, strict=True):
             row["forecast"] = forecast_json(books, engine, view, now)
+            distrusted = [said for said in (engine.distrust, books.contradictions.doubt(engine.slot, now=now)) if said]
+            if distrusted:
+                row["distrusted"] = distrusted
         standings = [rounded(msgspec.to_builtins(standing)) for standing in self._standings()]
         pools = view.pools
         alone = {model: tokens for model, pool in pools.items() if (tokens := books.unified_up_to(pool, now=now)) is not None}
@@ -301,6 +305,10 @@ def forecast_json(books: Books, engine: EngineView, view: ClusterView, now: floa
     for name in lines:
         trust = getattr(known, f"{name}_trust")
         shown[name] = {"line": getattr(known, name), "samples": trust.samples, "error": trust.error, "doubt": trust.doubt}
+        if trust.own and trust.samples < ENOUGH:
+            shown[name]["restarted"] = True
+        if now - trust.changed_at < CHANGED_S and not 1 / SHIFT < trust.changed < SHIFT:
+            shown[name]["changed"] = {"times": trust.changed, "ago_s": now - trust.changed_at}
     if engine.address.role is Role.PREFILL:
         names = {e.slot: e.id for e in view.engines}
         links = books.forecast.links(engine.slot).items()

@@ -667,6 +667,8 @@ class Admission:
         for engine in self._view().engines:
             if self.books.prefixes.speaks(engine.id):  # what it holds changes also when its load does not
                 self.books.holds(engine, now=now)
+            if engine.slot < self.books.forecast.engines:
+                self.books.contradictions.look(engine.slot, engine.load, self.books.forecast.writing(engine.slot), now=now)
         self._tick_arms(now)
         self.look_soon()
 

@@ -49,7 +49,7 @@ class Talk:
 @pytest.fixture
 def slow_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines are taken to read as fast as a GPU does, though these read nothing."""
-    monkeypatch.setattr(Fit, "seen", lambda *_, **__: None)
+    monkeypatch.setattr(Fit, "seen", lambda *_, **__: 1.0)
 
 
 @pytest.mark.usefixtures("slow_readers")
@@ -118,8 +118,10 @@ def taught(rig: Rig, slot: int, seconds: float) -> None:
     at = relay_of(rig).clock() - 1000
     for number in range(12):
         reading = forecast.sent(slot, 100 + number, now=at + number * 20)
-        forecast.read(reading, None, now=at + number * 20 + seconds)
-        forecast.tick(at + number * 20 + seconds + 1)
+        for half in range(2 * 20):  # who is not called for a second has stood still
+            if half == int(2 * seconds):
+                forecast.read(reading, None, now=at + number * 20 + seconds)
+            forecast.tick(at + number * 20 + (half + 1) / 2)
     assert not forecast.doubt(slot)
 
 
