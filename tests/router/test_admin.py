@@ -31,7 +31,7 @@ async def test_an_engine_that_reads_has_its_line_and_its_links_told(rig: Rig) ->
     async with await rig.post({**CHAT, "stream": True}) as response:
         await response.read()
     forecast = relay_of(rig).admission.books.forecast
-    forecast.tick(relay_of(rig).clock() + 1.0)  # the pass is over, and its link judged
+    forecast.tick(relay_of(rig).clock() + 0.5)  # the pass is over, and its link judged
     async with await rig.session.get(rig.admin + "/admin/cluster") as response:
         told = {e["id"]: e["forecast"] for e in (await response.json())["engines"]}
     assert set(told["prefill-0"]) == {"backlog_s", "reads", "links"}

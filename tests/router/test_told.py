@@ -111,7 +111,7 @@ async def running_town(folder: Path) -> AsyncIterator[Town]:
 
 @pytest.fixture
 async def town(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Town]:
-    monkeypatch.setattr(Fit, "seen", lambda *_, **__: None)  # engines are taken to read as fast as a GPU does, though these read nothing
+    monkeypatch.setattr(Fit, "seen", lambda *_, **__: 1.0)  # engines are taken to read as fast as a GPU does, though these read nothing
     async with running_town(tmp_path) as made:
         yield made
 
