@@ -231,7 +231,7 @@ class Outlook:
 
     def first_token_s(self, slot: int) -> float:
         """Seconds until the first token, if this engine reads the prompt."""
-        cached = self.cached(slot)
+        cached = self.cached(slot) if self._cached else 0
         return self._forecast.first_token_s(slot, self.tokens - cached, cached, now=self._now)
 
     def wait_s(self, slot: int) -> float:
@@ -256,9 +256,10 @@ class Outlook:
         A request that joins B others lengthens each of their steps, too. Without this the fastest engine would be filled until it is as
         slow as the slowest one.
         """
-        batch, kv = self._batches[slot], self._kv[slot]
-        step, then = self._forecast.step_s(slot, batch, kv), self._forecast.step_s(slot, batch + 1, kv + self.tokens)
-        return self.answer * (then + batch * (then - step))
+        batch = self._batches[slot]
+        a, b, c = self._forecast.step_line(slot)
+        more = b + c * self.tokens
+        return self.answer * (a + b * batch + c * self._kv[slot] + more + batch * more)
 
     def pause_s(self, slot: int) -> float:
         """Seconds that the answers which this engine writes stand still while it reads the prompt, all together."""
@@ -309,12 +310,14 @@ class Forecast:
         "_pass",
         "_prompt",
         "_queue",
+        "_read_lines",
         "_reads",
         "_sent",
         "_sent_then",
         "_since",
         "_stall_s",
         "_stalled_at",
+        "_step_lines",
         "_stepped_at",
         "_steps",
         "_ticked_at",
@@ -347,6 +350,8 @@ class Forecast:
         self._kv: list[int] = []
         self._links: list[dict[int, _Link]] = []  # by the slot that reads and the one that writes
         self._noted: set[int] = set()  # slots that read, whose links are to be judged anew
+        self._read_lines: list[Line] = []  # what decisions go by, see `_line`
+        self._step_lines: list[Line] = []
         self._any_reads = READS  # of the engine that is known best, for those that are not known well
         self._any_steps = STEPS
         self._answer = ANSWER_TOKENS
@@ -375,6 +380,7 @@ class Forecast:
             self._writing.append(0)
             self._kv.append(0)
             self._sent_then.append((0, 0))
+        self._choose_lines()
 
     @staticmethod
     def _new(fits: list[Fit], line: Line, points: tuple[tuple[float, float], ...]) -> Fit:
@@ -400,6 +406,7 @@ class Forecast:
             for prefill, links in enumerate(self._links):
                 if links.pop(slot, None) is not None:
                     self._noted.add(prefill)
+            self._choose_lines()
 
     # --- prompts
 
@@ -538,6 +545,7 @@ class Forecast:
         reads, busy = self._reads[slot], self._busy[slot]
         self._sent_then[slot] = self._sent, self._sent_then[slot][1]
         scale = reads.seen(work, done.seconds, now=done.at)
+        self._read_lines[slot] = self._line(reads, self._any_reads)
         own = busy.seen(work, done.seconds, now=done.at) if done.waited else 1.0
         if scale != 1.0:
             self._changed(slot, scale, busy_too=own == 1.0, now=done.at)
@@ -591,7 +599,7 @@ class Forecast:
 
     def pass_s(self, slot: int, new: int, cached: int = 0) -> float:
         """Seconds that this engine needs for one prompt once it begins."""
-        a, b, c = self._line(self._reads[slot], self._any_reads)
+        a, b, c = self._read_lines[slot]
         return a + b * new + c * ((cached + new) ** 2 - cached**2)
 
     def busy_s(self, slot: int, new: int, cached: int = 0) -> float:
@@ -609,8 +617,10 @@ class Forecast:
             return 0.0
         first = next(iter(queue))
         passed = max(0.0, now - self._since[slot])
-        left = max(first.busy_s - passed, passed - first.seconds, 0.0)  # late for as long again as it is late already
-        return max(0.0, self._backlog[slot] - first.busy_s) + left
+        busy_s = first.busy_s
+        # Late for as long again as it is late already.
+        left = busy_s - passed if passed < busy_s else passed - first.seconds if passed > first.seconds else 0.0
+        return max(0.0, self._backlog[slot] - busy_s) + left
 
     def link_s(self, prefill: int, decode: int, tokens: int) -> float:
         """Seconds that a prompt of so many tokens, cached ones with them, takes longer than over the fastest link of its reader."""
@@ -680,12 +690,18 @@ class Forecast:
         if abs(now - self._stepped_at[slot]) >= STEP_EVERY_S:
             self._stepped_at[slot] = now
             self._sent_then[slot] = self._sent_then[slot][0], self._sent
-            self._steps[slot].seen((float(max(1, self._writing[slot])), float(max(0, self._kv[slot]))), seconds, now=now)
+            fit = self._steps[slot]
+            fit.seen((float(max(1, self._writing[slot])), float(max(0, self._kv[slot]))), seconds, now=now)
+            self._step_lines[slot] = self._line(fit, self._any_steps)
 
     def step_s(self, slot: int, batch: int, kv_tokens: int) -> float:
         """Seconds of a step of this engine with so many answers, whose KV is so many tokens."""
-        a, b, c = self._line(self._steps[slot], self._any_steps)
+        a, b, c = self._step_lines[slot]
         return a + b * batch + c * kv_tokens
+
+    def step_line(self, slot: int) -> Line:
+        """What a step takes: at all, for each answer of the batch and for each token of their KV, seconds."""
+        return self._step_lines[slot]
 
     def writing(self, slot: int) -> int:
         """How many answers it writes."""
@@ -712,7 +728,7 @@ class Forecast:
             most: requests that it takes, 0 if unknown.
         """
         context = self.context_tokens
-        a, b, c = self._line(self._steps[slot], self._any_steps)
+        a, b, c = self._step_lines[slot]
         each = b + c * context
         limit_s = max(limit_s, ALONE_TIMES * (a + each))
         batch = (limit_s - a) / each if each > 0.0 else float(BATCH_LIMIT)
@@ -785,6 +801,12 @@ class Forecast:
                     fits[slot] = self._new(fits, line, points)
         self._any_reads = self._best(self._reads, READS)
         self._any_steps = self._best(self._steps, STEPS)
+        self._choose_lines()
+
+    def _choose_lines(self) -> None:
+        """A decision looks at the lines of all engines, and they change seldom."""
+        self._read_lines = [self._line(fit, self._any_reads) for fit in self._reads]
+        self._step_lines = [self._line(fit, self._any_steps) for fit in self._steps]
 
     @staticmethod
     def _best(fits: list[Fit], line: Line) -> Line:
