@@ -243,6 +243,11 @@ class Handoff:
 
     # --- moves
 
+    def wait_longer(self, until: float) -> None:
+        """The engine that reads the prompt was seen to be at work: it may take until then. The client's own deadline stays."""
+        if self.state is State.PREFILLING and self._until is not None and until > self._until:
+            self._wait_until(until)
+
     def _wait_until(self, at: float) -> None:
         self._until = at if self._deadline_at is None else min(at, self._deadline_at)
 
@@ -260,11 +265,14 @@ class Handoff:
         self._wait_until(now + (min(limits.handover_s, limits.first_token_s) if self.paired else limits.first_token_s))
         return []
 
-    def _prefill_finished(self, _event: Any, _now: float) -> list[Command]:
+    def _prefill_finished(self, _event: Any, now: float) -> list[Command]:
         self.prefill_live = False
         if self.state is State.PREFILLING:
             self.state = State.TRANSFERRING
-            self._wait_until(self._sent_at + self._limits.first_token_s)
+            limits = self._limits
+            later_s = now - (self._sent_at + min(limits.handover_s, limits.first_token_s))  # than the limit: it was waited for longer
+            until = self._sent_at + limits.first_token_s
+            self._wait_until(until if later_s <= 0.0 else until + later_s + limits.linger_s)
         return []
 
     def _prefill_failed(self, event: PrefillFailed, now: float) -> list[Command]:
@@ -330,8 +338,11 @@ class Handoff:
             why = f"the decode engine sent nothing for {self._limits.between_tokens_s:g} s in the middle of its answer"
             return EngineTimeoutError(why)
         if self.state is State.PREFILLING and self.paired and self._limits.handover_s < self._limits.first_token_s:
-            return EngineTimeoutError(f"the prompt was not read and handed over within {self._limits.handover_s:.3g} s")
-        return EngineTimeoutError(f"no answer began within {self._limits.first_token_s:.3g} s")
+            return EngineTimeoutError(f"the prompt was not read and handed over within {self._allowed_s():.3g} s")
+        return EngineTimeoutError(f"no answer began within {self._allowed_s():.3g} s")
+
+    def _allowed_s(self) -> float:
+        return self._limits.first_token_s if self._until is None else self._until - self._sent_at
 
     def _fail(self, error: DisaggError, now: float) -> list[Command]:
         self.state = State.FAILED

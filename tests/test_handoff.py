@@ -257,6 +257,29 @@ def test_transferring_has_the_limit_of_the_first_token_counted_from_sending() ->
     assert kinds(handoff.handle(Tick(), now=70.0)) == [FailClient, AbortDecode]
 
 
+def test_who_waits_behind_an_engine_that_is_at_work_waits_for_longer_but_not_than_its_client() -> None:
+    handoff = Handoff(paired=True, limits=Limits(handover_s=5.0, first_token_s=5.0, linger_s=2.0), deadline_at=30.0)
+    for event in START:
+        handoff.handle(event, now=0.0)
+    assert handoff.next_deadline() == 5.0
+    handoff.wait_longer(4.0)
+    assert handoff.next_deadline() == 5.0, "never for less"
+    handoff.wait_longer(12.0)
+    assert handoff.next_deadline() == 12.0
+    handoff.handle(PrefillFinished(), now=11.0)
+    assert handoff.next_deadline() == 13.0, "the KV has its time, too, though the limit is long over"
+    handoff.wait_longer(20.0)
+    assert handoff.next_deadline() == 13.0, "it waits for decode now, of which this says nothing"
+
+
+def test_the_clients_own_deadline_is_not_moved() -> None:
+    handoff = Handoff(paired=True, limits=LIMITS, deadline_at=8.0)
+    for event in START:
+        handoff.handle(event, now=0.0)
+    handoff.wait_longer(100.0)
+    assert handoff.next_deadline() == 8.0
+
+
 def test_bytes_from_decode_move_its_limit() -> None:
     handoff = machine()
     play(handoff, TO_STATE[State.DECODING], now=10.0)

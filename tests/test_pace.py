@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -98,6 +100,28 @@ def test_limits_that_were_too_short_are_doubled_until_the_engine_is_in_time() ->
     assert measured.limits(P, D, 1000).first_token_s == 4 * FLOOR_S
     read(measured, 1000, 0.1)
     assert measured.limits(P, D, 1000).first_token_s == FLOOR_S
+
+
+def test_all_that_an_engine_has_when_it_begins_may_be_read_in_one_pass() -> None:
+    """Seven prompts that came while the first was read: they end together, the first of them as late as the last."""
+    measured = pace()
+    read(measured, 4000, 4.0, 10)
+    measured.sent(P, 1000)
+    assert measured.limits(P, D, 1000).first_token_s == pytest.approx(6.0)
+    for _ in range(7):
+        measured.sent(P, 1000)
+    assert measured.reads_until(P, D, 0.0) == -math.inf, "nothing was seen of it"
+    measured.left(P, 1000)
+    measured.handed_over(P, now=1.0)
+    assert measured.reads_until(P, D, 0.1) == pytest.approx(22.0)
+    assert measured.reads_until(P, D, 1.0) == -math.inf, "nothing since this one was sent"
+    for _ in range(100):
+        measured.sent(P, 1000)
+    assert measured.reads_until(P, D, 0.1) == pytest.approx(22.0), (
+        "who comes later is not in that pass: a hang is found out no later for them"
+    )
+    measured.handed_over(P, now=50.0)
+    assert measured.reads_until(P, D, 0.1) == 60.1, "no longer than is configured"
 
 
 def test_another_process_starts_anew_and_what_is_in_flight_is_counted_on() -> None:

@@ -11,12 +11,14 @@ A limit is three times what is to be expected, ten times for the pause between t
 It is what is configured where fewer than `ENOUGH` samples are known, and for a prompt that is larger than those seen lately by far. It is
 never less than the longest wait of the last some hundred samples: an engine that has answered most prompts out of its cache must not be
 given up over one that it has to read. When limits were too short all the same, nothing that ends in time is left to learn that from:
-`timed_out` doubles the limits of that engine until it is in time again.
+`timed_out` doubles the limits of that engine until it is in time again. And who waits behind an engine that is seen to be at work waits for
+longer, see `Pace.reads_until`.
 """
 
 from __future__ import annotations
 
 from itertools import accumulate
+from math import inf
 
 from disagg.handoff import Limits
 
@@ -47,6 +49,8 @@ class Pace:
         "_caps",
         "_gaps",
         "_gaps_seen",
+        "_handed_at",
+        "_handed_queue",
         "_largest",
         "_longest",
         "_old_gaps",
@@ -77,6 +81,8 @@ class Pace:
         self._longest: list[list[float]] = []  # of both windows: the longest one of this size or smaller
         self._largest: list[int] = []  # the largest size in both windows; -1 for none
         self._queued: list[int] = []
+        self._handed_at: list[float] = []  # when it was through with a prompt last, and the bytes that it had still to read then
+        self._handed_queue: list[int] = []
         self._patience: list[float] = []
 
     def grow(self, slots: int) -> None:
@@ -84,8 +90,9 @@ class Pace:
         for _ in range(slots - len(self._step)):
             for floats in (self._step, self._gaps, self._old_gaps, self._seconds, self._bytes):
                 floats.append(0.0)
-            for counts in (self._steps, self._gaps_seen, self._reads, self._queued):
+            for counts in (self._steps, self._gaps_seen, self._reads, self._queued, self._handed_queue):
                 counts.append(0)
+            self._handed_at.append(-inf)
             self._peaks.append([0.0] * _CLASSES)
             self._old_peaks.append([0.0] * _CLASSES)
             self._longest.append([0.0] * _CLASSES)
@@ -104,6 +111,7 @@ class Pace:
         self._old_peaks[slot] = [0.0] * _CLASSES
         self._sum_up(slot)
         self._patience[slot] = 1.0
+        self._handed_at[slot] = -inf
 
     # --- what happens
 
@@ -123,6 +131,11 @@ class Pace:
     def left(self, reader: int, prompt_bytes: int) -> None:
         """The prompt is read, or nobody waits for that any more. Called exactly once for each `sent`."""
         self._queued[reader] -= prompt_bytes
+
+    def handed_over(self, reader: int, *, now: float) -> None:
+        """The engine is through with a prompt: it is at work, and begins with others. To be said after `left`."""
+        self._handed_at[reader] = now
+        self._handed_queue[reader] = self._queued[reader]
 
     def first_token(self, prefill: int | None, decode: int, work_bytes: int, seconds: float) -> None:
         """The first token came, so long after the legs were sent.
@@ -220,16 +233,32 @@ class Pace:
             whole: the answer is no stream: its first byte comes with its last.
             max_tokens: the longest answer that was asked for; None where nothing was said.
         """
-        first = self._first_token_s(decode if prefill is None else prefill, decode, prompt_bytes)
+        reader = decode if prefill is None else prefill
+        first = self._first_token_s(reader, decode, self._queued[reader] + prompt_bytes)
         between = self._between_s(decode)
         whole_s = self._whole_answer_s(first, decode, max_tokens) if whole else first
         return Limits(self._caps.connect_s, first, whole_s, between, self._caps.linger_s)
 
-    def _first_token_s(self, reader: int, decode: int, prompt_bytes: int) -> float:
+    def reads_until(self, reader: int, decode: int, sent_at: float) -> float:
+        """Until when a prompt may take that was sent then, by what its reader did since; -inf if it did nothing.
+
+        The next pass of an engine that is through with one may hold all prompts that it had then, and all of these end with it, also those
+        that came before the others. (An engine that hangs is through with nothing.)
+
+        Args:
+            reader: the slot of who reads it.
+            decode: the slot of who writes.
+            sent_at: when it was sent, on the clock of `handed_over`.
+        """
+        at = self._handed_at[reader]
+        if at <= sent_at:
+            return -inf
+        return min(sent_at + self._caps.first_token_s, at + self._first_token_s(reader, decode, self._handed_queue[reader]))
+
+    def _first_token_s(self, reader: int, decode: int, work: int) -> float:
         cap, rate = self._caps.first_token_s, self.byte_s(reader)
         if rate is None:
             return cap
-        work = self._queued[reader] + prompt_bytes
         size = _size(work)
         if self._largest[reader] < max(0, size - 1):
             return cap

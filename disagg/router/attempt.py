@@ -58,6 +58,9 @@ class Owner(Protocol):
     def handed_over(self, attempt: Attempt, now: float) -> None:
         """The prompt is read and decode has its KV cache."""
 
+    def reads_until(self, attempt: Attempt) -> float:
+        """Until when its prompt may take, as its reader is at work; -inf if nothing was seen of it."""
+
     def settled(self, attempt: Attempt) -> None:
         """No engine works for this attempt any more."""
 
@@ -366,6 +369,9 @@ class Attempt:
     def tick(self, now: float) -> None:
         """Called by the relay's one timer."""
         due = self.handoff.next_deadline()
+        if due is not None and now >= due and self.handoff.state is State.PREFILLING:
+            self.handoff.wait_longer(self.owner.reads_until(self))
+            due = self.handoff.next_deadline()
         if due is not None and now >= due:
             self.handle(Tick(now if self.stalled else self.last_read_at))  # a client that reads slowly is not a silent engine
             self._settle()

@@ -513,6 +513,7 @@ class Relay:
         attempt.work = None
         choice = attempt.choice
         self.pace.left(attempt.reader, attempt.prompt_bytes)
+        self.pace.handed_over(attempt.reader, now=now)
         if choice.prefill is not None or not attempt.whole:
             prefill_slot = choice.prefill.slot if choice.prefill is not None else None
             self.pace.first_token(prefill_slot, choice.decode.slot, work, now - attempt.sent_at)
@@ -520,6 +521,10 @@ class Relay:
         self._on_handed_over(choice)
         if attempt.on_handed_over is not None:
             attempt.on_handed_over()
+
+    def reads_until(self, attempt: Attempt) -> float:
+        """As `Owner` of attempts."""
+        return self.pace.reads_until(attempt.reader, attempt.choice.decode.slot, attempt.sent_at)
 
     def settled(self, attempt: Attempt) -> None:
         """No engine works for this attempt any more."""

@@ -542,6 +542,9 @@ class Books:
     def handed_over(self, attempt: Attempt, now: float) -> None:
         """The prompt was read."""
 
+    def reads_until(self, attempt: Attempt) -> float:
+        return 0.0
+
     def settled(self, attempt: Attempt) -> None:
         self.is_settled = True
 
