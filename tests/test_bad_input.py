@@ -209,24 +209,94 @@ def test_one_request_at_a_time_tries_it() -> None:
     assert sent.count(0) <= 1
 
 
-def test_a_decode_engine_that_was_slow_is_tried_again() -> None:
-    forecast, line = Forecast(), (0.02, 1e-4, 1e-7)
-    forecast.grow(3)
+class Steps:
+    """Engines in slots 1 and 2 of which steps were seen for 50 s, those of the second five times as slow; then slot 0 gets prompts."""
+
+    def __init__(self, role: Role = Role.DECODE) -> None:
+        self.forecast, line = Forecast(), (0.02, 1e-4, 1e-7)
+        self.forecast.grow(3)
+        self.in_flight = InFlight()
+        self.in_flight.grow(3)
+        self.role = role
+        for number in range(100):
+            for slot, slow in ((1, 1.0), (2, 5.0)):
+                self.forecast.stepped(slot, slow * at(line, (1.0, 0.0)), now=0.5 * number)
+            self.forecast.tick(0.5 * number)
+        self.prompts(60.0)
+
+    def prompts(self, now: float) -> None:
+        for number in range(TRY_EACH):
+            self.forecast.left(self.forecast.sent(0, 100, now=now + 0.01 * number), now=now + 0.01 * number)
+
+    def chosen(self, now: float) -> int:
+        self.forecast.tick(now)
+        two = (_view(1, self.role), _view(2, self.role))
+        pool = Pool(unified=two) if self.role is Role.UNIFIED else Pool((_view(0, Role.PREFILL),), two)
+        outlook = Outlook(self.forecast, tokens=100, cached={}, batches=self.in_flight.now, kv=(0, 0, 0), now=now)
+        return choose(pool, self.in_flight, outlook=outlook).decode.slot
+
+
+@pytest.mark.parametrize("role", [Role.DECODE, Role.UNIFIED])
+def test_an_engine_whose_steps_were_slow_is_tried_again_by_one_request_at_a_time(role: Role) -> None:
+    steps = Steps(role)
+    assert steps.chosen(60.5) == 1
+    assert steps.chosen(1000.0) == 2
+    steps.in_flight.start(2)
+    assert steps.chosen(1000.0) == 1, "its first token has not come yet"
+    steps.in_flight.end(2)
+    steps.forecast.tried(2, now=1000.0)
+    steps.prompts(1001.0)
+    assert steps.chosen(1002.0) == 1, "it was tried, though nothing was seen of it"
+    assert steps.chosen(1500.0) == 2
+
+
+def test_one_that_was_started_anew_is_not_tried_at_any_price() -> None:
+    steps = Steps()
+    steps.forecast.forget(2)
+    assert steps.chosen(1000.0) == 1, "it has just come"
+    steps.prompts(1000.0)
+    steps.forecast.tick(1001.0)
+    assert steps.forecast.try_s(2, 1, writes=True, now=1001.0) < 60.0
+
+
+def test_one_that_is_as_fast_as_its_pool_is_not_slow_for_being_slower_than_strangers() -> None:
+    """Of another model, or of hardware that is gone."""
+    steps = Steps()
     for number in range(100):
-        for slot, slow in ((1, 1.0), (2, 5.0)):
-            forecast.stepped(slot, slow * at(line, (1.0, 0.0)), now=0.5 * number)
-        forecast.tick(0.5 * number)
+        steps.forecast.stepped(0, 0.001, now=100.0 + 0.5 * number)
+        steps.forecast.tick(100.0 + 0.5 * number)
+    steps.prompts(200.0)
+    steps.forecast.tick(1000.0)
+    assert steps.forecast.due_steps == {1, 2}
+    assert steps.forecast.try_s(2, 1, writes=True, now=1000.0) > 0.0
+    assert steps.forecast.try_s(1, 2, writes=True, now=1000.0) == 0.0
+
+
+def test_an_engine_that_is_due_stands_in_nobodys_light() -> None:
+    """A slow prefill engine makes its pair no worse than it is, beside a unified engine that is slower than the pair."""
+    forecast = Forecast()
+    forecast.grow(4)
+    for number in range(100):
+        for slot, slow in ((0, 1.0), (1, 20.0), (3, 3.0)):
+            now = 30.0 * number
+            forecast.read(forecast.sent(slot, 500 + 20 * number, now=now), now=now + slow * at(GPU, (500.0 + 20 * number, 1e6)))
+            forecast.tick(now + 20.0)
     for number in range(TRY_EACH):
-        forecast.left(forecast.sent(0, 100, now=60.0 + number), now=60.0 + number)
-    for now, sent_to in ((60.0, "decode-1"), (1000.0, "decode-2")):
-        forecast.tick(now)
-        outlook = Outlook(forecast, tokens=100, cached={}, batches=(0, 0, 0), kv=(0, 0, 0), now=now)
-        in_flight = InFlight()
-        in_flight.grow(3)
-        pool = Pool((_view(0, Role.PREFILL),), (_view(1, Role.DECODE), _view(2, Role.DECODE)))
-        assert choose(pool, in_flight, outlook=outlook).decode.id == sent_to
-    forecast.began(2, 100)
-    assert not forecast.due_steps, "one at a time"
+        forecast.left(forecast.sent(2, 10, now=3000.0 + number), now=3000.0 + number)
+    forecast.tick(4000.0)
+    assert forecast.due_reads >= {1}
+    in_flight = InFlight()
+    in_flight.grow(4)
+    pool = Pool((_view(0, Role.PREFILL), _view(1, Role.PREFILL)), (_view(2, Role.DECODE),), (_view(3, Role.UNIFIED),))
+    outlook = Outlook(forecast, tokens=1000, cached={}, batches=(0, 0, 0, 0), kv=(0, 0, 0, 0), now=4000.0)
+    choice = choose(pool, in_flight, outlook=outlook)
+    assert choice.prefill is not None
+    assert choice.prefill.slot == 1, "it is tried"
+    assert choice.reason.endswith("prefill-1 was slow and is tried again")
+    forecast.tried(1, now=4000.0)
+    choice = choose(pool, in_flight, outlook=outlook)
+    assert choice.prefill is not None
+    assert choice.prefill.slot == 0
 
 
 # --- an engine that was started anew

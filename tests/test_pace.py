@@ -120,8 +120,10 @@ def test_all_that_an_engine_has_when_it_begins_may_be_read_in_one_pass() -> None
     assert measured.reads_until(P, D, 0.1) == pytest.approx(22.0), (
         "who comes later is not in that pass: a hang is found out no later for them"
     )
-    measured.handed_over(P, now=50.0)
-    assert measured.reads_until(P, D, 0.1) == 60.1, "no longer than is configured"
+    measured.handed_over(P, now=1.2)
+    assert measured.reads_until(P, D, 0.1) == 60.1, "one more of the same pass, so that a hundred are left; no longer than is configured"
+    measured.handed_over(P, now=9.0)
+    assert measured.reads_until(P, D, 0.1) == -math.inf, "two passes have left it behind: it is lost"
 
 
 def test_another_process_starts_anew_and_what_is_in_flight_is_counted_on() -> None:

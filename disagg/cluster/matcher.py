@@ -14,7 +14,7 @@ from disagg.errors import OrderError
 from disagg.model import ClusterView, EngineId, Role
 from disagg.policy.balance import Balance, Move, Pace, Situation, Verdict
 from disagg.policy.books import Books
-from disagg.policy.matching import FLIP_S, is_there, mover, situation_of
+from disagg.policy.matching import FLIP_S, by_hand, is_there, mover, situation_of
 
 URGENT_S = 1.0
 FAILURES_LIMIT = 6
@@ -233,6 +233,8 @@ class Matcher:
         pool = self._table.view.pools.get(model)
         if pool is not None and pool.islands:
             return "not every prefill engine can hand over to every decode engine"
+        if several := by_hand(self._table.view, model):
+            return several
         if shunned:
             return f"the others were given by URL, are not ready or the last, and moving {', '.join(sorted(shunned))} has failed"
         return "they were given by URL or attached, are not ready, are being changed, or only one of them takes work"

@@ -165,6 +165,14 @@ class Books:
         self.history.forget(slot)
         self._forget_said(slot)
 
+    def gone(self, slot: int) -> None:
+        """The engine was removed. Slots are never used again."""
+        self.restarted(slot)
+        self.forecast.forget(slot, gone=True)
+        self.contradictions.forget(slot)
+        self._cleared.pop(slot, None)
+        self._slots = {engine: at for engine, at in self._slots.items() if at != slot}
+
     def _forget_said(self, slot: int) -> None:
         self._peaks.pop(slot, None)
         gone = [one for one in self._untold_order if one.slot == slot]
@@ -318,6 +326,7 @@ class Books:
             self.hit_tokens += cached
             self.prompt_tokens += prompt.tokens
             self._hit_share += _HIT_SHARE * (cached / max(1, prompt.tokens) - self._hit_share)
+        self.forecast.tried(choice.decode.slot, now=now)
         reading = self.forecast.sent(reader, prompt.tokens - cached, cached, now=now)
         if prompt.ids is not None and said:
             until = now + 2.0 * (reading.wait_s + reading.busy_s) + TOLD_S

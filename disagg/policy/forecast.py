@@ -28,8 +28,8 @@ started anew has the line that it had before.
 
 **What cannot be believed.** When the router itself stood still (nobody called `tick` for `stall_s`), times that lie across that are not
 the engines'. And an engine that was slow once is avoided, so that nobody would learn that it is well again: such a one is *due* for a try
-when nothing was seen of it for `TRY_S` and `TRY_EACH` requests went to others meanwhile. A try may cost its request at most `TRY_SHARE` of
-that time more than the best engine would: short prompts try soon, long ones on a very slow engine hardly ever.
+when nothing was seen of it, and none was made, for `TRY_S` and `TRY_EACH` prompts were sent meanwhile. A try may cost its request at most
+`TRY_SHARE` of that time more than the best engine would: short prompts try soon, long ones on a very slow engine hardly ever.
 """
 
 from __future__ import annotations
@@ -242,9 +242,9 @@ class Outlook:
         """The slots of engines that were slow when something was seen of them last, and should be tried again. Mostly none."""
         return self._forecast.due_steps if writes else self._forecast.due_reads
 
-    def try_s(self, slot: int, *, writes: bool) -> float:
+    def try_s(self, slot: int, best: int, *, writes: bool) -> float:
         """By how many seconds a try of this engine may be worse than the best one."""
-        return self._forecast.try_s(slot, writes=writes, now=self._now)
+        return self._forecast.try_s(slot, best, writes=writes, now=self._now)
 
     def link_s(self, prefill: int, decode: int) -> float:
         """Seconds that the way from one engine to the other adds to the first token, more than the fastest way from there."""
@@ -321,6 +321,7 @@ class Forecast:
         "_stepped_at",
         "_steps",
         "_ticked_at",
+        "_tried_at",
         "_turn",
         "_writing",
         "due_reads",
@@ -332,7 +333,8 @@ class Forecast:
         self._stalled_at = -math.inf  # when the last stall was over
         self._ticked_at = math.inf  # -inf would be a stall
         self._sent = 0  # prompts, ever
-        self._sent_then: list[tuple[int, int]] = []  # how many of them when this engine's pass and step were measured last
+        self._sent_then: list[tuple[int, int]] = []  # how many of them when this engine's pass and step were measured or tried last
+        self._tried_at: list[float] = []
         self.due_reads: set[int] = set()
         self.due_steps: set[int] = set()
         self._reads: list[Fit] = []
@@ -380,6 +382,7 @@ class Forecast:
             self._writing.append(0)
             self._kv.append(0)
             self._sent_then.append((0, 0))
+            self._tried_at.append(-math.inf)
         self._choose_lines()
 
     @staticmethod
@@ -390,13 +393,20 @@ class Forecast:
             return Fit(2, Prior(best.latest, points, "what another engine does"))
         return Fit(2, Prior(line, points, "another machine"))
 
-    def forget(self, slot: int) -> None:
-        """The engine is another process or has another role. What is in flight there goes on until it is said to be over."""
+    def forget(self, slot: int, *, gone: bool = False) -> None:
+        """The engine is another process or has another role. What is in flight there goes on until it is said to be over.
+
+        Args:
+            slot: of the engine.
+            gone: there will be no other one.
+        """
         if slot < len(self._reads):
             for fits, line, points in ((self._reads, READS, _READ_POINTS), (self._steps, STEPS, _STEP_POINTS)):
                 known, others = fits[slot], fits[:slot] + fits[slot + 1 :]
-                own = known.latest if known.is_own else None
+                own = known.latest if known.is_own and not gone else None
                 fits[slot] = self._new(others, line, points) if own is None else Fit(2, Prior(own, points, OWN, own=True))
+                fits[slot].seen_at = known.seen_at
+            self._sent_then[slot] = self._sent, self._sent
             self._busy[slot] = Fit(2)
             self.due_reads.discard(slot)
             self.due_steps.discard(slot)
@@ -420,7 +430,7 @@ class Forecast:
             now: monotonic seconds, as everywhere here.
         """
         self._sent += 1
-        self.due_reads.discard(slot)
+        self.tried(slot, now=now)
         queue = self._queue[slot]
         alone = not queue and not self._murky[slot]
         reading = Reading(slot, new, cached, self.pass_s(slot, new, cached), self.busy_s(slot, new, cached), now, alone=alone)
@@ -432,6 +442,14 @@ class Forecast:
         self._backlog[slot] += reading.busy_s
         self._prompt += _ANSWER_SHARE * (new + cached - self._prompt) if self._prompt else new + cached
         return reading
+
+    def tried(self, slot: int, *, now: float) -> None:
+        """A request goes to this engine: if it was due for a try, this is it, whatever becomes of it."""
+        if slot in self.due_reads or slot in self.due_steps:
+            self.due_reads.discard(slot)
+            self.due_steps.discard(slot)
+            self._sent_then[slot] = self._sent, self._sent
+            self._tried_at[slot] = now
 
     def read(self, reading: Reading, decode: int | None = None, *, now: float) -> None:
         """Its first token came.
@@ -651,7 +669,6 @@ class Forecast:
 
     def began(self, slot: int, kv_tokens: int) -> None:
         """The engine writes one more answer, whose KV is so many tokens."""
-        self.due_steps.discard(slot)
         self._writing[slot] += 1
         self._kv[slot] += kv_tokens
 
@@ -772,18 +789,20 @@ class Forecast:
         known = {slot: at(fit.latest, work) for slot, fit in enumerate(fits) if fit.latest is not None and fit.is_own}
         limit_s = TRY_FROM * min(known.values(), default=0.0)
         slow = [slot for slot, seconds in known.items() if seconds > limit_s and not self._queue[slot] and not self._writing[slot]]
-        return {slot for slot in slow if self._is_due(fits[slot], self._sent - self._sent_then[slot][which], now)}
+        return {slot for slot in slow if self._is_due(fits[slot], slot, self._sent - self._sent_then[slot][which], now)}
 
-    @staticmethod
-    def _is_due(fit: Fit, others: int, now: float) -> bool:
+    def _is_due(self, fit: Fit, slot: int, others: int, now: float) -> bool:
         """Nothing was seen of it for long, while so many prompts were sent."""
-        passed_s = now - fit.seen_at
+        passed_s = now - max(fit.seen_at, self._tried_at[slot])
         return passed_s >= TRY_AGAIN_S if fit.seems_faster else passed_s >= TRY_S and others >= TRY_EACH
 
-    def try_s(self, slot: int, *, writes: bool, now: float) -> float:
-        """By how many seconds a try of an engine that is due may be worse than the best one."""
-        fit = self._steps[slot] if writes else self._reads[slot]
-        return TRY_SHARE * max(0.0, now - fit.seen_at)
+    def try_s(self, slot: int, best: int, *, writes: bool, now: float) -> float:
+        """By how many seconds a try of an engine that is due may be worse than the best one; 0 if it is not slow beside that one."""
+        fits, work = (self._steps, STEP_PROBE) if writes else (self._reads, READ_PROBE)
+        here, there = fits[slot].latest, fits[best].latest
+        if here is None or there is None or at(here, work) <= TRY_FROM * at(there, work):
+            return 0.0
+        return TRY_SHARE * max(0.0, now - max(fits[slot].seen_at, self._tried_at[slot]))
 
     @property
     def engines(self) -> int:

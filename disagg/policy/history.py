@@ -6,8 +6,8 @@ before, and so does every request with the same system prompt. (SGLang's own rou
 names in one dict cost less per decision, and no text is kept.)
 
 An engine holds what it was sent, and gives up what was used least recently, the end of a prompt before its beginning, when it holds more
-than it has room for: so do radix caches (SGLang, RadixAttention, 2023). The guess is wrong by what else an engine does; an engine that
-publishes its cache is not asked here, see `disagg.policy.prefix`.
+than it has room for: so do radix caches (SGLang, RadixAttention, 2023). The guess is wrong by what else an engine does. What an
+engine publishes of its cache counts for more, see `disagg.policy.books`.
 
 All engines stand in one table: name to a bit for each slot that holds it. A decision walks along the prompt once, however many there are.
 """

@@ -67,7 +67,7 @@ def situation_of(
         waiting=waiting,
         flip_s=flip_s,
         lost=lost,
-        unknown=_by_hand(view, model) or _unknown(prefill, decode, books),
+        unknown=by_hand(view, model) or _unknown(prefill, decode, books),
         lost_cache_s=min((books.worth_s(e, horizon_s) for e in readers), default=0.0),
     )
 
@@ -79,9 +79,14 @@ def _offered(books: Books, model: str, decode: Sequence[EngineView], flip_s: flo
     return prefill_s, max(decode_s, books.writers_busy(decode))
 
 
-def _by_hand(view: ClusterView, model: str) -> str:
-    """An order to one host does not reach the other hosts of its engine, and nobody would be there to see that."""
-    several = any(e.facts.part and e.facts.model in {model, ""} for e in view.engines)
+def by_hand(view: ClusterView, model: str) -> str:
+    """Why engines of a model are moved by hand only; empty where they are not.
+
+    An order to one host does not reach the other hosts of its engine, and nobody would be there to see that.
+    """
+    hashes = {e.facts.model_hash for e in view.engines if e.facts.model == model} | {""}
+    parts = [e for e in view.engines if e.facts.part and e.state not in {EngineState.DEAD, EngineState.HELD}]
+    several = any(e.facts.model == model or (not e.facts.model and e.facts.model_hash in hashes) for e in parts)  # parts name no model
     return "there are engines over several hosts, which are moved by hand only" if several else ""
 
 
@@ -139,6 +144,6 @@ def mover(view: ClusterView, model: str, role: Role, books: Books, *, busy: Coll
 
     pool = view.pools.get(model)
     ready = () if pool is None else pool.prefill if role is Role.PREFILL else pool.decode
-    if pool is None or pool.islands or len(ready) < 2 or _by_hand(view, model):
+    if pool is None or pool.islands or len(ready) < 2 or by_hand(view, model):
         return None
     return min((e for e in ready if e.host and e.owned and e.id not in busy), key=loss, default=None)

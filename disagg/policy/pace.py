@@ -27,6 +27,8 @@ TIMES_FIRST_TOKEN = 3.0
 TIMES_TOKEN = 10.0
 ENOUGH = 5
 PATIENCE_MAX = 16.0
+TOGETHER_S = 0.5
+"""Prompts that are handed over within this time came out of one pass, or of passes too short to be waited for."""
 GAPS_WINDOW = 2048
 """Tokens: the longest pause of the last one to two windows is known."""
 READS_WINDOW = 256
@@ -50,6 +52,7 @@ class Pace:
         "_gaps",
         "_gaps_seen",
         "_handed_at",
+        "_handed_before",
         "_handed_queue",
         "_largest",
         "_longest",
@@ -81,8 +84,9 @@ class Pace:
         self._longest: list[list[float]] = []  # of both windows: the longest one of this size or smaller
         self._largest: list[int] = []  # the largest size in both windows; -1 for none
         self._queued: list[int] = []
-        self._handed_at: list[float] = []  # when it was through with a prompt last, and the bytes that it had still to read then
-        self._handed_queue: list[int] = []
+        self._handed_at: list[float] = []  # when a pass of it began to end, the last one and the one before
+        self._handed_before: list[float] = []
+        self._handed_queue: list[int] = []  # bytes that it had still to read after the last one
         self._patience: list[float] = []
 
     def grow(self, slots: int) -> None:
@@ -93,6 +97,7 @@ class Pace:
             for counts in (self._steps, self._gaps_seen, self._reads, self._queued, self._handed_queue):
                 counts.append(0)
             self._handed_at.append(-inf)
+            self._handed_before.append(-inf)
             self._peaks.append([0.0] * _CLASSES)
             self._old_peaks.append([0.0] * _CLASSES)
             self._longest.append([0.0] * _CLASSES)
@@ -111,7 +116,7 @@ class Pace:
         self._old_peaks[slot] = [0.0] * _CLASSES
         self._sum_up(slot)
         self._patience[slot] = 1.0
-        self._handed_at[slot] = -inf
+        self._handed_at[slot] = self._handed_before[slot] = -inf
 
     # --- what happens
 
@@ -134,7 +139,8 @@ class Pace:
 
     def handed_over(self, reader: int, *, now: float) -> None:
         """The engine is through with a prompt: it is at work, and begins with others. To be said after `left`."""
-        self._handed_at[reader] = now
+        if now - self._handed_at[reader] > TOGETHER_S:  # else it is one more of the same pass
+            self._handed_before[reader], self._handed_at[reader] = self._handed_at[reader], now
         self._handed_queue[reader] = self._queued[reader]
 
     def first_token(self, prefill: int | None, decode: int, work_bytes: int, seconds: float) -> None:
@@ -240,10 +246,10 @@ class Pace:
         return Limits(self._caps.connect_s, first, whole_s, between, self._caps.linger_s)
 
     def reads_until(self, reader: int, decode: int, sent_at: float) -> float:
-        """Until when a prompt may take that was sent then, by what its reader did since; -inf if it did nothing.
+        """Until when a prompt may take that was sent then, by what its reader did since; -inf if that says nothing.
 
-        The next pass of an engine that is through with one may hold all prompts that it had then, and all of these end with it, also those
-        that came before the others. (An engine that hangs is through with nothing.)
+        The pass that comes after the one which ran then may hold all prompts that were there, and all of these end with it, also those that
+        came before the others. An engine that hangs is through with nothing; and a prompt that later passes have left behind is lost.
 
         Args:
             reader: the slot of who reads it.
@@ -251,7 +257,7 @@ class Pace:
             sent_at: when it was sent, on the clock of `handed_over`.
         """
         at = self._handed_at[reader]
-        if at <= sent_at:
+        if at <= sent_at or self._handed_before[reader] > sent_at:
             return -inf
         return min(sent_at + self._caps.first_token_s, at + self._first_token_s(reader, decode, self._handed_queue[reader]))
 

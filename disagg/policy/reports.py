@@ -83,6 +83,10 @@ class Contradictions:
         else:
             self._since.pop(slot, None)
 
+    def forget(self, slot: int) -> None:
+        """The engine is gone."""
+        self._since.pop(slot, None)
+
     def doubt(self, slot: int, *, now: float) -> str:
         """One sentence; empty where nothing contradicts."""
         since = self._since.get(slot)

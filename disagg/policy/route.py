@@ -105,7 +105,8 @@ def choose(
     if prefill is None or decode is None:
         if unified is None:
             raise NoCapacityError("every engine that could serve this failed to take it; try again", retry_after_s=1)
-        return Choice(None, unified, f"no pair can take it; {unified.id} has {_say(in_flight.now[unified.slot])}")
+        unified = pick.tried_alone(pool, unified)
+        return Choice(None, unified, f"no pair can take it; {unified.id} has {_say(in_flight.now[unified.slot])}{pick.tried(unified)}")
     counts = in_flight.now
     if unified is not None and outlook is None and pick.load(unified) < pick.load(decode):
         return Choice(None, unified, f"{unified.id} has {counts[unified.slot]} in flight, {decode.id} {counts[decode.slot]}")
@@ -114,21 +115,24 @@ def choose(
     if unified is not None:
         alone_s, pair_s = pick.alone_s(unified), pick.pair_s(prefill, decode)
         if alone_s < pair_s:
-            return Choice(None, unified, f"{unified.id} costs {alone_s:.2f} s, {prefill.id} and {decode.id} {pair_s:.2f} s")
+            cost = f"{unified.id} costs {alone_s:.2f} s, {prefill.id} and {decode.id} {pair_s:.2f} s"
+            unified = pick.tried_alone(pool, unified)
+            return Choice(None, unified, cost + pick.tried(unified))
+    prefill, decode = pick.tried_pair(pool, prefill, decode)
     return Choice(prefill, decode, pick.reason(prefill, decode))
 
 
 class _Pick:
     """One choice."""
 
-    __slots__ = ("_exclude", "_now", "_outlook", "_tried", "_turn")
+    __slots__ = ("_exclude", "_now", "_outlook", "_tries", "_turn")
 
     def __init__(self, in_flight: InFlight, exclude: Collection[EngineId], outlook: Outlook | None) -> None:
         self._now = in_flight.now
         self._turn = in_flight.turn
         self._exclude = exclude
         self._outlook = outlook
-        self._tried: int | None = None
+        self._tries: list[int] = []
 
     def load(self, engine: EngineView) -> float:
         """The requests there, with this one, as its weight counts them."""
@@ -151,18 +155,18 @@ class _Pick:
         outlook = self._outlook
         if outlook is None or len(engines) < 2:
             return self._least(engines)
-        return self._best(engines, lambda engine: outlook.first_token_s(engine.slot), writes=False)
+        return self._best(engines, lambda engine: outlook.first_token_s(engine.slot))
 
     def _decode(self, engines: Sequence[EngineView], prefill: EngineView | None) -> EngineView | None:
         outlook = self._outlook
         if outlook is None or prefill is None or len(engines) < 2:
             return self._least(engines)
         reader = prefill.slot
-        return self._best(engines, lambda engine: outlook.answer_s(engine.slot) + outlook.link_s(reader, engine.slot), writes=True)
+        return self._best(engines, lambda engine: outlook.answer_s(engine.slot) + outlook.link_s(reader, engine.slot))
 
     def unified(self, engines: Sequence[EngineView]) -> EngineView | None:
         """The best unified engine."""
-        return self._least(engines) if self._outlook is None or len(engines) < 2 else self._best(engines, self.alone_s, writes=False)
+        return self._least(engines) if self._outlook is None or len(engines) < 2 else self._best(engines, self.alone_s)
 
     def alone_s(self, engine: EngineView) -> float:
         """What a request costs on a unified engine, seconds of everybody."""
@@ -184,23 +188,53 @@ class _Pick:
         holds = "holds" if outlook.is_told(p) else "should hold"
         held = f", it {holds} {cached} of {outlook.tokens} tokens" if cached else ""
         soon = f"{prefill.id} gives the first token in {outlook.first_token_s(p):.3f} s ({wait_s:.3f} s of them waiting{held})"
-        tried = "".join(f"; {e.id} was slow and is tried again" for e in (prefill, decode) if e.slot == self._tried)
-        return f"{soon}; {decode.id} has {_say(self._now[decode.slot])}{tried}"
+        return f"{soon}; {decode.id} has {_say(self._now[decode.slot])}{self.tried(prefill)}{self.tried(decode)}"
 
-    def _best(self, engines: Sequence[EngineView], seconds: Callable[[EngineView], float], *, writes: bool) -> EngineView | None:
-        """The one that takes the fewest seconds; of those that are nearly as good the least loaded. Or one that is due for a try."""
-        exclude, outlook = self._exclude, self._outlook
+    def tried(self, engine: EngineView) -> str:
+        """A clause, if this is a try of the engine; else nothing."""
+        return f"; {engine.id} was slow and is tried again" if engine.slot in self._tries else ""
+
+    def _best(self, engines: Sequence[EngineView], seconds: Callable[[EngineView], float]) -> EngineView | None:
+        """The one that takes the fewest seconds; of those that are nearly as good the least loaded."""
+        exclude = self._exclude
         found = [(seconds(engine), engine) for engine in engines if not (exclude and engine.id in exclude)]
         if not found:
             return None
-        best_s = min(s for s, _ in found)
-        if outlook is not None and (due := outlook.may_try(writes=writes)):
-            for s, engine in found:
-                if engine.slot in due and s - best_s <= outlook.try_s(engine.slot, writes=writes):
-                    self._tried = engine.slot
-                    return engine
-        limit = best_s * (1.0 + ALIKE) + ALIKE_S
+        limit = min(s for s, _ in found) * (1.0 + ALIKE) + ALIKE_S
         return self._least([engine for s, engine in found if s <= limit])
+
+    def tried_pair(self, pool: Pool, prefill: EngineView, decode: EngineView) -> tuple[EngineView, EngineView]:
+        """This pair, or one with an engine that is due for a try. The choice was made without it, so that it stands in nobody's light."""
+        outlook = self._outlook
+        if outlook is None or not (outlook.may_try(writes=False) or outlook.may_try(writes=True)):
+            return prefill, decode
+        home = next((island for island in pool.islands if prefill in island.prefill and decode in island.decode), pool)
+        prefill = self._tried_for(prefill, home.prefill, lambda e: outlook.first_token_s(e.slot), writes=False)
+        reader = prefill.slot
+        decode = self._tried_for(decode, home.decode, lambda e: outlook.answer_s(e.slot) + outlook.link_s(reader, e.slot), writes=True)
+        return prefill, decode
+
+    def tried_alone(self, pool: Pool, unified: EngineView) -> EngineView:
+        """This unified engine, or one that is due for a try."""
+        for writes in (False, True):
+            if self._outlook is not None and not self._tries and self._outlook.may_try(writes=writes):
+                unified = self._tried_for(unified, pool.unified, self.alone_s, writes=writes)
+        return unified
+
+    def _tried_for(
+        self, best: EngineView, engines: Sequence[EngineView], seconds: Callable[[EngineView], float], *, writes: bool
+    ) -> EngineView:
+        outlook, exclude = self._outlook, self._exclude
+        assert outlook is not None
+        due = outlook.may_try(writes=writes)
+        for engine in engines:
+            slot = engine.slot
+            if slot not in due or engine is best or self._now[slot] or (exclude and engine.id in exclude):
+                continue  # it is tried by one request at a time
+            if seconds(engine) - seconds(best) <= outlook.try_s(slot, best.slot, writes=writes):
+                self._tries.append(slot)
+                return engine
+        return best
 
     def _least(self, engines: Sequence[EngineView]) -> EngineView | None:
         best: EngineView | None = None

@@ -185,11 +185,13 @@ class _Found(NamedTuple):
 
     Attributes:
         choice: the engines.
+        prompt: what it is chosen by.
         prompt_tokens, tokens: what it takes of a prefill and of a decode engine.
         outlook: what it would meet.
     """
 
     choice: Choice
+    prompt: Prompt
     prompt_tokens: int
     tokens: int
     outlook: Outlook
@@ -409,15 +411,16 @@ class Admission:
         if found is None:
             return Aside.ASIDE if exclude and self._find(wanting, ()) is not None else None
         found = self._in_time(wanting, exclude, found)
-        choice, prompt_tokens = found.choice, found.prompt_tokens
+        choice = found.choice
         prefill, decode = choice.prefill, choice.decode
         wanting.promised((decode.id,) if prefill is None else (prefill.id, decode.id))
-        promise = self._promise(choice, prompt_tokens, found.tokens)
+        promise = self._promise(choice, found.prompt_tokens, found.tokens)
         if prefill is not None or wanting.streams:
-            promise.reading = self.books.sent(choice, _prompt(wanting, prompt_tokens), now=self._clock())
+            promise.reading = self.books.sent(choice, found.prompt, now=self._clock())
             if prefill is not None and not wanting.was_let_in:
                 self.books.asked(decode.facts.model, promise.reading.busy_s, decode, now=self._clock())
         else:
+            self.books.forecast.tried(decode.slot, now=self._clock())
             promise.read(self._clock(), whole=True)  # its first token will not be seen
         return promise
 
@@ -478,7 +481,8 @@ class Admission:
             exclude = [*exclude, *self._all_full(pool, prompt_tokens, tokens)]
             if not _any_left(pool, exclude):
                 return None
-        outlook = self.books.outlook(_prompt(wanting, prompt_tokens), now=self._clock())
+        prompt = _prompt(wanting, prompt_tokens, some.context_tokens)
+        outlook = self.books.outlook(prompt, now=self._clock())
         try:
             choice = self._choose(wanting, pool, exclude, outlook, compared=compared)
             prefill, decode = choice.prefill, choice.decode
@@ -489,7 +493,7 @@ class Admission:
                 choice = self._choose(wanting, pool, [*exclude, *full], outlook, compared=compared)
         except NoCapacityError:
             return None
-        return _Found(choice, prompt_tokens, tokens, outlook)
+        return _Found(choice, prompt, prompt_tokens, tokens, outlook)
 
     def _choose(
         self, wanting: Wanting, pool: Pool, exclude: Collection[EngineId], outlook: Outlook | None = None, *, compared: bool = True
@@ -646,7 +650,7 @@ class Admission:
     def _forget_gone(self, there: Collection[int]) -> None:
         """Slots are never used again."""
         for slot in [slot for slot in self._pids if slot not in there]:
-            self.books.restarted(slot)
+            self.books.gone(slot)
             for table in (self._pids, self._roles, self._loads):
                 table.pop(slot, None)
             self._down.discard(slot)
@@ -683,9 +687,11 @@ class Admission:
             self._pump(queue)
 
 
-def _prompt(wanting: Wanting, tokens: int) -> Prompt:
+def _prompt(wanting: Wanting, tokens: int, limit: int) -> Prompt:
+    """What is longer than an engine's context is refused by it, and takes no time; `limit` is 0 where that is not known."""
     ids = wanting.ids
-    return Prompt(tokens if ids is None else ids.count, wanting.prompt_bytes, wanting.names, ids)
+    count = tokens if ids is None else min(ids.count, limit or ids.count)
+    return Prompt(count, wanting.prompt_bytes, wanting.names, ids)
 
 
 def _arm(pool: Pool, unified: bool | None) -> Pool:

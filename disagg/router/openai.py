@@ -42,6 +42,7 @@ _LIST_OF_STRINGS = re.compile(rb"\[,*+\]")  # these two look at a list without b
 _OTHER_ROOTS = (b'"cache_salt"', b'"extra_key"', b'"lora_path"')
 """With one of these an engine keeps equal tokens apart, and what it holds of others is none of this prompt."""
 _IDS_BYTES = 8 * IDS_NAMED
+_REST_OF_IDS = re.compile(rb"[0-9,\s]*\]\s*")
 _TOKEN_IDS = msgspec.json.Decoder(list[int])
 _LIST_OF_IDS = re.compile(rb"\[\[,*+\](?:,\[,*+\])*+\]")
 
@@ -199,7 +200,7 @@ def parse_request(route: Route, body: bytes, *, named: bool = False, with_ids: b
     if request.prompts is None:
         text = memoryview(prompt)
         request.prompt_bytes = len(text)
-        if named:
+        if named and not any(key in body for key in _OTHER_ROOTS):
             request.names = names_of(text)
         if with_ids and route is not Route.CHAT and text[0] == _OPENING_BRACKET:
             request.ids = _ids_of(bytes(text), body)
@@ -216,6 +217,8 @@ _OPENING_BRACKET = ord("[")
 def _ids_of(text: bytes, body: bytes) -> Ids | None:
     """The token ids of a prompt; None where they are none: that is the engine's to refuse."""
     if any(key in body for key in _OTHER_ROOTS):
+        return None
+    if len(text) > _IDS_BYTES and not _REST_OF_IDS.fullmatch(text, _IDS_BYTES):
         return None
     count = text.count(b",") + 1
     if len(text) > _IDS_BYTES:

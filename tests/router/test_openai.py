@@ -506,3 +506,21 @@ def test_of_many_token_ids_the_first_ones_are_read() -> None:
     assert ids.count == len(tokens)
     assert IDS_NAMED // 2 < ids.kept <= IDS_NAMED
     assert ids.held(set(hashes(tokens, 16)), 16) == ids.kept // 16 * 16
+
+
+def test_a_list_that_is_no_prompt_of_ids_is_not_counted_as_one() -> None:
+    """Only its beginning is read: commas in what comes after would count as tokens, and tokens take time."""
+    many = [1] * (2 * IDS_NAMED)
+    for more in (["," * 100], [[1]], [None]):
+        body = json.dumps({"prompt": many * 4 + more}).encode()
+        assert parse_request(COMPLETIONS, body, with_ids=True).ids is None
+    ids = parse_request(COMPLETIONS, json.dumps({"prompt": many * 4}).encode(), with_ids=True).ids
+    assert ids is not None
+    assert ids.count == 4 * len(many)
+
+
+@pytest.mark.parametrize("key", ["cache_salt", "extra_key", "lora_path"])
+def test_what_an_engine_keeps_apart_from_all_else_is_not_looked_for_in_its_cache(key: str) -> None:
+    body = {"prompt": "a" * 4096}
+    assert len(parse_request(COMPLETIONS, json.dumps(body).encode(), named=True).names) == 4
+    assert not parse_request(COMPLETIONS, json.dumps({**body, key: "x"}).encode(), named=True).names

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -15,6 +17,8 @@ from disagg.cluster.follower import KvFollower
 from disagg.model import EngineId, Role
 from disagg.observe.log import make_logger
 from disagg.policy.cost import Fit
+from disagg.router.admission import Wanting, _prompt
+from disagg.router.openai import Route, parse_request
 from disagg.wire.kv_events import AllBlocksCleared, BlockStored
 from disagg.wire.messages import KvSnapshot
 from tests.fake_engine import until
@@ -172,3 +176,11 @@ async def test_what_is_shown_says_by_what_prompts_are_sent(town: Town) -> None:
     town.publishers[NAMES[0]].publish(spoil=True)
     await until(lambda: town.index.tokens(NAMES[0]) is None)
     assert (await town.engine(NAMES[0]))["cache"]["routing"] == "guessed from what it was sent"
+
+
+def test_a_prompt_that_is_longer_than_the_context_is_none_that_an_engine_reads() -> None:
+    """It is refused there. Taken for what it says it would be hours of work, and everybody else would be refused for it."""
+    ids = parse_request(Route.COMPLETIONS, json.dumps({"prompt": [1] * 100_000}).encode(), with_ids=True).ids
+    wanting = cast("Wanting", SimpleNamespace(ids=ids, prompt_bytes=200_000, names=()))
+    assert _prompt(wanting, 40_000, 4096).tokens == 4096
+    assert _prompt(wanting, 40_000, 0).tokens == 100_000, "the context is not known"
