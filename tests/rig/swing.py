@@ -195,7 +195,7 @@ def run(prefill: int, decode: int, flips: str, phases: Sequence[tuple[Phase, flo
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with running_cluster(*flags) as cluster:
         if say:
-            sys.stderr.write(f"to watch it: .venv/bin/disagg status --watch --admin {cluster.admin.removeprefix("http://")}\n")
+            sys.stderr.write(f"to watch it: .venv/bin/disagg status --watch --admin {cluster.admin.removeprefix('http://')}\n")
         seen = asyncio.run(swing(cluster.url, cluster.admin, phases, seed=seed, say=say))
         if say:
             sys.stderr.write(cluster.log.read_text())
