@@ -152,6 +152,17 @@ def test_engines_that_nobody_here_may_move_are_named() -> None:
     assert any("no decode engine can be moved" in line["reason"] for line in scene.lines)
 
 
+def test_why_engines_over_several_hosts_are_not_moved_is_said_also_where_the_last_one_is_lost() -> None:
+    part = engine(4, D)
+    scene = Scene(*two_and_two().table.engines, msgspec.structs.replace(part, facts=msgspec.structs.replace(part.facts, part=1)))
+    scene.run(10, prefill=0.4, decode=0.4)
+    for name in ("e2", "e3"):
+        scene.table.become(name, state=EngineState.DEAD)
+    scene.run(30, prefill=0.4, decode=0.4)
+    assert scene.table.flipped == []
+    assert any("which are moved by hand only" in line["reason"] for line in scene.lines)
+
+
 def test_a_refused_order_is_told_and_tried_again_later() -> None:
     scene = two_and_two()
     scene.table.refuses = "the host h of e2 cannot be reached"

@@ -103,6 +103,13 @@ def test_engines_over_several_hosts_are_moved_by_hand_only() -> None:
 
     assert told(other) == ("how long prompts take was not measured yet", True)
     assert told(part) == ("there are engines over several hosts, which are moved by hand only", False)
+    nameless = msgspec.structs.replace(part, facts=EngineFacts(model_hash="abc", part=1))
+    stranger = engine(4, D, model="other")
+    stranger = msgspec.structs.replace(stranger, facts=msgspec.structs.replace(stranger.facts, model_hash="abc"))
+    assert told(nameless, stranger)[1], "a part names no model: this one's weights are another model's"
+    one = msgspec.structs.replace(one, facts=msgspec.structs.replace(one.facts, model_hash="abc"))
+    assert not told(nameless)[1]
+    assert told(msgspec.structs.replace(nameless, state=EngineState.DEAD))[1], "what is gone holds nobody up"
 
 
 def test_a_cache_is_worth_what_it_saves_and_at_most_what_it_took_to_fill_it() -> None:

@@ -398,6 +398,16 @@ def test_retry_after_is_the_time_in_which_the_queue_drains() -> None:
     assert shed.retry_after_s * 1.4 <= late.retry_after_s <= shed.retry_after_s * 1.5 + 1
 
 
+def test_a_short_wait_is_not_told_to_be_a_long_one() -> None:
+    """Those who come together are spread, over as much time again at most."""
+    room = Room(timeout_s=5.0)
+    room.steady()
+    room.wait("a", 500)
+    for jitter in (0.0, 0.5, 0.99):
+        (shed,) = room.queue.offer(room.entry("a"), now=room.now, jitter=jitter)
+        assert shed.retry_after_s <= 2
+
+
 @pytest.mark.parametrize(("tokens", "wanted"), [(601, 1), (10**6, 60)])
 def test_retry_after_is_between_a_second_and_a_minute(tokens: int, wanted: int) -> None:
     room = Room(timeout_s=5.0)

@@ -290,9 +290,8 @@ class EngineDetector:
         if report.facts.model or report.facts.part:
             self._take(report.facts, report.load)
         elif report.state in _NOTHING_RUNS:
-            self._view = msgspec.structs.replace(
-                self._view, load=EngineLoad(), distrust=""
-            )  # what ran on the process before has ended with it
+            # What ran on the process before has ended with it.
+            self._view = msgspec.structs.replace(self._view, load=EngineLoad(), distrust="")
         if self._agent_is_heard:
             self._gone, self._lifeless = "", False
             self._watch(report.counter, report.working and not self._is_exempt, now)

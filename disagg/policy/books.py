@@ -158,17 +158,16 @@ class Books:
         self.forecast.grow(slots)
         self.history.grow(slots)
 
-    def restarted(self, slot: int) -> None:
-        """The engine is another process or has another role: what it said, held and took before means nothing."""
+    def restarted(self, slot: int, *, gone: bool = False) -> None:
+        """The engine is another process or has another role: what it said and held before means nothing. `gone`: there will be no other."""
         self.ledger.forget(slot)
-        self.forecast.forget(slot)
+        self.forecast.forget(slot, gone=gone)
         self.history.forget(slot)
         self._forget_said(slot)
 
     def gone(self, slot: int) -> None:
         """The engine was removed. Slots are never used again."""
-        self.restarted(slot)
-        self.forecast.forget(slot, gone=True)
+        self.restarted(slot, gone=True)
         self.contradictions.forget(slot)
         self._cleared.pop(slot, None)
         self._slots = {engine: at for engine, at in self._slots.items() if at != slot}

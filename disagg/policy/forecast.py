@@ -506,11 +506,10 @@ class Forecast:
         """It is read, and nobody knows since when."""
         slot = reading.slot
         self._pass[slot] = None
-        self._murky[slot] = bool(self._queue[slot])
         self._since[slot] = now
         if not reading.overtaken:
             self._leave(reading)
-            self._murky[slot] = bool(self._queue[slot])
+        self._murky[slot] = bool(self._queue[slot])
 
     def _stalled(self, now: float) -> None:
         """What is under way was so while the router stood still."""

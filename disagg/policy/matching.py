@@ -109,7 +109,8 @@ def is_there(view: ClusterView, model: str, role: Role, moving: Mapping[EngineId
         moving: the engines that are on their way to another role, and to which.
         ordered: engines that somebody changes: they are not lost.
     """
-    mine = (e for e in view.engines if e.facts.model in {model, ""} and moving.get(e.id, e.address.role) is role)
+    whole = (e for e in view.engines if not e.facts.part and e.facts.model in {model, ""})
+    mine = (e for e in whole if moving.get(e.id, e.address.role) is role)
     return any(e.state not in _GONE or e.id in ordered for e in mine)
 
 

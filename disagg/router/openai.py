@@ -41,6 +41,7 @@ _LIST_OF_PROMPTS = re.compile(rb'\[\s*["\[\]]')
 _LIST_OF_STRINGS = re.compile(rb"\[,*+\]")  # these two look at a list without blanks, strings and digits
 _OTHER_ROOTS = (b'"cache_salt"', b'"extra_key"', b'"lora_path"')
 """With one of these an engine keeps equal tokens apart, and what it holds of others is none of this prompt."""
+_OPENING_BRACKET = ord("[")
 _IDS_BYTES = 8 * IDS_NAMED
 _REST_OF_IDS = re.compile(rb"[0-9,\s]*\]\s*")
 _TOKEN_IDS = msgspec.json.Decoder(list[int])
@@ -200,10 +201,11 @@ def parse_request(route: Route, body: bytes, *, named: bool = False, with_ids: b
     if request.prompts is None:
         text = memoryview(prompt)
         request.prompt_bytes = len(text)
-        if named and not any(key in body for key in _OTHER_ROOTS):
+        shared = (named or with_ids) and not any(key in body for key in _OTHER_ROOTS)
+        if named and shared:
             request.names = names_of(text)
-        if with_ids and route is not Route.CHAT and text[0] == _OPENING_BRACKET:
-            request.ids = _ids_of(bytes(text), body)
+        if with_ids and shared and route is not Route.CHAT and text[0] == _OPENING_BRACKET:
+            request.ids = _ids_of(bytes(text))
     if request.prompts is not None and not 1 <= request.prompts <= MAX_PROMPTS:
         raise RequestError(f"a prompt list holds 1 to {MAX_PROMPTS} prompts, this one {_at_least(request.prompts)}", param="prompt")
     if request.samples > 1:
@@ -211,13 +213,8 @@ def parse_request(route: Route, body: bytes, *, named: bool = False, with_ids: b
     return request
 
 
-_OPENING_BRACKET = ord("[")
-
-
-def _ids_of(text: bytes, body: bytes) -> Ids | None:
+def _ids_of(text: bytes) -> Ids | None:
     """The token ids of a prompt; None where they are none: that is the engine's to refuse."""
-    if any(key in body for key in _OTHER_ROOTS):
-        return None
     if len(text) > _IDS_BYTES and not _REST_OF_IDS.fullmatch(text, _IDS_BYTES):
         return None
     count = text.count(b",") + 1

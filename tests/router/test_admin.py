@@ -41,6 +41,26 @@ async def test_an_engine_that_reads_has_its_line_and_its_links_told(rig: Rig) ->
     assert set(told["decode-0"]) == {"backlog_s", "steps"}
 
 
+async def test_an_engine_that_says_it_does_nothing_while_it_writes_is_distrusted_for_all_to_see(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("disagg.policy.reports.SILENT_S", 0.0)
+
+    async def distrusted() -> bool:
+        async with await rig.session.get(rig.admin + "/admin/cluster") as response:
+            rows = {e["id"]: e.get("distrusted") for e in (await response.json())["engines"]}
+        return rows == {
+            "prefill-0": None,
+            "decode-0": ["its load reports contradict what was sent there: it writes answers and says that it has nothing to do"],
+        }
+
+    assert not await distrusted()
+    relay_of(rig).admission.books.forecast.began(1, 100)
+    async with asyncio.timeout(20.0):
+        while not await distrusted():  # noqa: ASYNC110  # the router looks a few times a second
+            await asyncio.sleep(0.02)
+
+
 async def test_who_is_sent_away_is_counted_and_told_in_one_line_for_many() -> None:
     told = structlog.testing.CapturingLogger()
     async with running_rig(

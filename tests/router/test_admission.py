@@ -224,3 +224,20 @@ async def test_a_lone_client_passes_another_ones_flood(by: str) -> None:
 def count(rig: Rig, name: str) -> int:
     found = re.search(rf"^{name} (\d+)", rig.metrics(), re.MULTILINE)
     return int(found[1]) if found else 0
+
+
+async def test_of_an_engine_that_was_removed_nothing_is_kept() -> None:
+    door = Door()
+    books = door.admission.books
+    for number in range(20):
+        books.forecast.read(books.forecast.sent(0, 100 + number, now=10.0 * number), now=10.0 * number + 1.0)
+        books.forecast.tick(10.0 * number + 5.0)
+    books.contradictions.look(0, EngineLoad(), 1, now=0.0)
+    assert books.forecast.known(0, now=200.0).reads_trust.samples
+    door.view = ClusterView.of([])
+    door.admission.changed()
+    trust = books.forecast.known(0, now=200.0).reads_trust
+    assert (trust.samples, trust.own) == (0, False), "one that was started anew would have its line; no other will come here"
+    assert not books.contradictions.doubt(0, now=1e6)
+    assert not books._slots
+    assert not books._cleared

@@ -52,6 +52,15 @@ async def nothing_left(rig: Rig) -> None:
     books.check()
 
 
+async def test_what_is_handed_over_shows_that_an_engine_is_at_work(rig_of_two: Rig) -> None:
+    relay = relay_of(rig_of_two)
+    began = relay.clock()
+    async with await rig_of_two.post(STREAM) as response:
+        await response.read()
+    assert relay.pace.reads_until(0, 1, began) > began
+    assert relay.pace.reads_until(0, 1, relay.clock()) < began, "nothing since then"
+
+
 @contextlib.contextmanager
 def hole(port: int) -> Iterator[None]:
     """Something that listens on a port and never accepts: connecting takes for ever."""

@@ -529,6 +529,7 @@ class Books:
         self.ended: list[int] = []
         self.aborted: list[str] = []
         self.is_settled = False
+        self.reads_until_s = 0.0
 
     def abort_rids(self, upstream: Upstream, rids: Sequence[str]) -> None:
         self.aborted += rids
@@ -543,7 +544,7 @@ class Books:
         """The prompt was read."""
 
     def reads_until(self, attempt: Attempt) -> float:
-        return 0.0
+        return self.reads_until_s
 
     def settled(self, attempt: Attempt) -> None:
         self.is_settled = True
@@ -594,6 +595,19 @@ class Live:
 
 def journal() -> Journal:
     return Journal(Route.CHAT, lambda _gap, _times: None)
+
+
+def test_an_attempt_behind_an_engine_that_is_at_work_is_given_up_later() -> None:
+    live = Live(lambda attempt, client: StreamLeg(attempt, client, journal(), 1))
+    due = live.attempt.handoff.next_deadline()
+    assert due is not None
+    live.books.reads_until_s = due + 10.0
+    states = []
+    for now in (due + 1.0, due + 10.0):
+        live.books.clock = lambda now=now: now  # type: ignore[misc]
+        live.attempt.tick(now)
+        states.append(live.state)
+    assert states == [State.PREFILLING, State.FAILED]
 
 
 def test_a_good_stream_ends_the_leg_once() -> None:
