@@ -193,11 +193,16 @@ async def test_a_share_of_the_traffic_goes_to_unified_engines_and_both_are_compa
     assert compared["arms"][0]["engine_hours"] == pytest.approx(2 * compared["arms"][1]["engine_hours"], rel=0.05)
 
 
-async def test_an_arm_that_is_gone_costs_nobody_an_answer() -> None:
+async def test_an_arm_that_is_gone_costs_nobody_an_answer_and_is_not_compared_by_the_others() -> None:
     async with running_rig(P, D, U, behave=speak, policy=PolicySection(unified_share=1.0), probe_interval_s=60) as rig:
         await rig.engine(U).stop()
         async with await rig.post(STREAM) as response:
             assert (response.status, response.headers["x-disagg-decode"]) == (200, "decode-0")
+            await response.read()
+        await nothing_left(rig)
+        async with rig.session.get(rig.admin + "/admin/ab") as response:
+            compared = await response.json()
+    assert [arm["streams"] for arm in compared["arms"]] == [0, 0], "it was drawn for the other arm"
 
 
 @pytest.mark.usefixtures("slow_readers")

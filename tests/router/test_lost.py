@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import AsyncIterator, Iterator
 
 import aiohttp
@@ -13,6 +14,7 @@ import pytest
 from disagg.errors import EngineError
 from disagg.model import Choice, Role
 from disagg.router.relay import Relay
+from disagg.server import STALL_S
 from tests.fake_engine import Call, answer_well, chat_chunk, until
 from tests.router.conftest import CHAT, Rig, running_rig
 
@@ -59,6 +61,36 @@ async def test_what_is_handed_over_shows_that_an_engine_is_at_work(rig_of_two: R
         await response.read()
     assert relay.pace.reads_until(0, 1, began) > began
     assert relay.pace.reads_until(0, 1, relay.clock()) < began, "nothing since then"
+
+
+async def test_a_router_that_stood_still_believes_no_time_across_that(rig_of_two: Rig) -> None:
+    relay, matcher = relay_of(rig_of_two), rig_of_two.router.controller.matcher
+    forecast = relay.admission.books.forecast
+    assert matcher is not None
+    told: list[float] = []
+    matcher.stalled = lambda: told.append(relay.clock())  # type: ignore[method-assign]
+    reading = forecast.sent(0, 100, now=relay.clock())
+    time.sleep(STALL_S + 0.2)  # noqa: ASYNC251  # nothing runs meanwhile: that is what is to be seen
+    await until(lambda: reading.blind and bool(told))
+    forecast.left(reading, now=relay.clock())
+
+
+async def test_upkeep_goes_on_though_a_part_of_it_has_failed_once(rig_of_two: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    relay, seen = relay_of(rig_of_two), asyncio.get_running_loop().create_future()
+    upkeep = relay.admission.tick
+
+    def fails_once(now: float) -> None:
+        if not seen.done():
+            seen.set_result(now)
+            raise RuntimeError("a fault of ours")
+        upkeep(now)
+
+    told: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
+    monkeypatch.setattr(relay.admission, "tick", fails_once)
+    failed_at = await seen
+    await until(lambda: relay._expected_at > failed_at + 0.5)
+    assert [str(error) for error in told] == ["a fault of ours"]
 
 
 @contextlib.contextmanager
