@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from disagg.policy.cost import ENOUGH, in_words
+
 WELL = frozenset({"ready", "online"})
 GONE = frozenset({"dead", "held"})
 """Nothing runs there: what was reported last is the past."""
 _ANY_TOKENS = 1 << 17  # no longer ones are asked about
-_ENOUGH = 8  # samples, from which on a doubt is more than a beginning
 _WORTH_SAYING = (", but ", "; ")
 """What joins something that is not well to the reason of something that is."""
 
@@ -124,11 +125,8 @@ def _doubts(forecast: Mapping[str, Any] | None) -> list[str]:
     for what, line in told:
         changed = line.get("changed")
         if changed is not None:
-            times, ago = changed["times"], f"{changed['ago_s']:.0f} s"
-            notes.append(
-                f"{what}: {f'{times:.1f} times slower' if times > 1 else f'{1 / times:.1f} times faster'} than it was, since {ago}"
-            )
-        elif line["doubt"] and (line["samples"] >= _ENOUGH or (line["samples"] and line.get("restarted"))):
+            notes.append(f"{what}: {in_words(changed['times'])} than it was, since {changed['ago_s']:.0f} s")
+        elif line["doubt"] and (line["samples"] >= ENOUGH or (line["samples"] and line.get("restarted"))):
             notes.append(f"{what} is not trusted: {line['doubt']}")
     return notes
 

@@ -302,7 +302,7 @@ class Fit:
 
     def _doubt(self, error: float | None) -> str:
         if self._shifted and len(self._errors) < RECENT:
-            times = f"{self._shifted:.1f} times slower" if self._shifted > 1 else f"{1 / self._shifted:.1f} times faster"
+            times = in_words(self._shifted)
             return f"it has just become {times} than it was"
         if self._count < ENOUGH:
             return f"{self._count} samples so far" + ("" if self._prior is None else f"; taken from {self._prior.origin}")
@@ -343,6 +343,11 @@ class Fit:
     def __repr__(self) -> str:
         line = "unknown" if self.latest is None else " + ".join(f"{c:.3g}" for c in self.latest)
         return f"<Fit {line} of {self._count} samples>"
+
+
+def in_words(times: float) -> str:
+    """How much slower, or faster, what takes so many times as long has become."""
+    return f"{times:.1f} times slower" if times > 1 else f"{1 / times:.1f} times faster"
 
 
 def _are_off(run: Sequence[tuple[_Sample, float]], times: float) -> bool:
