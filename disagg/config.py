@@ -175,6 +175,9 @@ class PolicySection(msgspec.Struct, frozen=True):
         float,
         _doc("How many times as fast the load is watched and engines are moved; for trials.", flag="--policy-speed", ge=0.1, le=1000),
     ] = 1.0
+    measure_at_start: Annotated[
+        bool, _doc("Engines that are idle when they come read and write a little of their own, so that it is known how fast they are.")
+    ] = True
     unified_share: Annotated[
         float, _doc("Share of requests that go to unified engines where pairs are there, too, to compare them.", ge=0.0, le=1.0)
     ] = 0.0

@@ -294,6 +294,11 @@ async def router_running(
         )
         controller.attach(relay, head, examiner if canaries else None, pace)
         metrics.canaries = examiner.outcomes
+        if canaries and config.policy.measure_at_start:
+            measurer = controller.measure_engines(
+                forecast=books.forecast, time=relay.time, legs_of=relay.legs_of, new_salt=ids.request_id, clock=clock
+            )
+            metrics.benchmarks = measurer.outcomes
         reaper = controller.watch_for_orphans(relay)
         metrics.orphans = reaper.actions
         matcher = controller.match_rates(books=books, flips=config.policy.flips, pace=tempo, waiting=admission.waiting_for)
@@ -312,6 +317,7 @@ async def router_running(
                 prefixes=controller.prefixes,
                 relay=relay,
                 standings=matcher.standings,
+                measuring=lambda: controller.measuring,
                 metrics=metrics,
                 orders=orders,
             ),

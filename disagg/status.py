@@ -106,6 +106,7 @@ def _why(thing: Mapping[str, Any]) -> str:
     cache = thing.get("cache", {"known": True})
     kept = thing.get("load", {}).get("kv_quarantined_tokens", 0)
     notes = [said] if said else []
+    notes += ["it is being measured"] if thing.get("measuring") else []
     notes += [] if said or cache["known"] else [f"prefix cache unknown, routing guesses what it holds: {cache['reason']}"]
     slow = thing.get("weight", 1.0)
     notes += thing.get("distrusted", [])

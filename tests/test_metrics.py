@@ -23,6 +23,7 @@ NAMES = {
     "disagg_handoffs": ("counter", {"outcome"}),
     "disagg_replays": ("counter", {"reason"}),
     "disagg_resumes": ("counter", {"outcome"}),
+    "disagg_benchmarks": ("counter", {"outcome"}),
     "disagg_canaries": ("counter", {"outcome"}),
     "disagg_quarantined_pairs": ("gauge", set()),
     "disagg_cut_pairs": ("gauge", set()),
@@ -69,6 +70,7 @@ def busy() -> RouterMetrics:
     metrics.resumes["resumed"] += 1
     metrics.shed["no_engine"] += 4
     metrics.canaries = {"same": 3, "differs": 1}
+    metrics.benchmarks = {"done": 2}
     metrics.ejections = {"faults": 2, "cut": 1}
     metrics.inflight = 5
     metrics.ttft.observe(0.3)

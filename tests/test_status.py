@@ -49,6 +49,11 @@ def test_of_an_engine_that_is_gone_no_load_is_shown(state: str) -> None:
     assert "-    -     -   m" in table(cluster(engine(state=state)))
 
 
+def test_an_engine_that_is_measured_works_for_nobody_and_says_so() -> None:
+    assert table(cluster(engine(measuring=True))).count("it is being measured") == 1
+    assert "measured" not in table(cluster(engine()))
+
+
 def test_who_waits_and_who_was_sent_away_is_counted() -> None:
     shown = {**cluster(engine()), "requests": {"inflight": 9, "waiting": 2, "sent_away": 40}}
     assert table(shown).endswith("Requests can be served. 2 of 9 wait for room. 40 were sent away since the router started.")

@@ -219,6 +219,10 @@ class Canary:
             return None
         return min((case.due_at for case in self._cases.values() if case.answers is None), default=None)
 
+    def rests(self, now: float) -> bool:
+        """There is nobody to ask at the moment."""
+        return self._asked is None and all(case.answers is not None or case.due_at > now for case in self._cases.values())
+
     @property
     def quarantined(self) -> Mapping[tuple[EngineId | None, EngineId], str]:
         """Who must not be used, with the reason: (prefill, decode), or (None, unified)."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -54,6 +54,7 @@ from disagg.cluster.detector import (
 )
 from disagg.cluster.examiner import Examiner
 from disagg.cluster.matcher import Matcher
+from disagg.cluster.measurer import Measurer
 from disagg.cluster.prober import Prober
 from disagg.cluster.reaper import Entries, Reaper
 from disagg.cluster.transport import Bucket
@@ -197,6 +198,7 @@ class Controller:
         self.on_beat: Callable[[float, float], None] | None = None
         self.on_view: Callable[[], None] | None = None
         self.examiner: Examiner | None = None
+        self.measurer: Measurer | None = None
         self.reaper: Reaper | None = None
         self.matcher: Matcher | None = None
         self.view = self._make_view()
@@ -213,10 +215,20 @@ class Controller:
         self.reaper = Reaper(table=self, entries=entries, prober=self._prober, spawn=self._spawn)
         return self.reaper
 
+    def measure_engines(self, **settings: Any) -> Measurer:
+        """From now on engines that are idle when they come are measured; the settings are those of `Measurer`."""
+        self.measurer = Measurer(table=self, spawn=self._spawn, log=self._log, **settings)
+        return self.measurer
+
     def match_rates(self, **settings: Any) -> Matcher:
         """From now on engines are moved as the load wants it; the settings are those of `Matcher`."""
         self.matcher = Matcher(table=self, log=self._log, **settings)
         return self.matcher
+
+    @property
+    def measuring(self) -> Collection[EngineId]:
+        """The engines that are being measured."""
+        return () if self.measurer is None else self.measurer.measuring
 
     # --- life
 
@@ -265,6 +277,8 @@ class Controller:
             self._move_rest(engine, cause, now)
         if self.examiner is not None:
             self.examiner.look(now)
+        if self.measurer is not None and (self.examiner is None or self.examiner.rests(now)):
+            self.measurer.look(now)
         if self.reaper is not None:
             self.reaper.look(now)
         self._look_at_sick(now)

@@ -73,6 +73,10 @@ class Examiner:
         """Who must not be used, with the reason."""
         return self._machine.quarantined
 
+    def rests(self, now: float) -> bool:
+        """All pairs have answered, or are to be asked again later only."""
+        return self._machine.rests(now)
+
     def look(self, now: float) -> None:
         """Called at each beat: looks whether there are pairs to try."""
         view = self._view()

@@ -84,6 +84,7 @@ class RouterMetrics(Collector):
         self.prefixes: PrefixIndex | None = None
         self.hits: Callable[[], tuple[int, int]] | None = None
         self.canaries: Mapping[str, int] = {}
+        self.benchmarks: Mapping[str, int] = {}
         self.orphans: Mapping[str, int] = {}
         self.holds: Callable[[], Sequence[Hold]] = tuple
         self.ejections: Mapping[str, int] = {}
@@ -107,6 +108,7 @@ class RouterMetrics(Collector):
         yield _counter("disagg_handoffs", "Attempts by how they ended.", ["outcome"], _by_one(self.handoffs))
         yield _counter("disagg_replays", "Attempts made again, by reason.", ["reason"], _by_one(self.replays))
         yield _counter("disagg_resumes", "Broken streams, by whether they went on elsewhere.", ["outcome"], _by_one(self.resumes))
+        yield _counter("disagg_benchmarks", "Measurements of idle engines, by how they ended.", ["outcome"], _by_one(self.benchmarks))
         yield _counter("disagg_canaries", "Tries of pairs with fixed prompts, by how they ended.", ["outcome"], _by_one(self.canaries))
         bad = len(self._view().quarantined)
         yield GaugeMetricFamily("disagg_quarantined_pairs", "Pairs that are not used, because they answer wrong.", value=bad)

@@ -88,13 +88,15 @@ class Prior(msgspec.Struct, frozen=True):
         line: its coefficients.
         points: work at which it was measured, or at least makes sense.
         origin: for people, as "4x A100, a 70B model".
-        own: it was measured on this very engine, before it was started anew.
+        own: it is what this very engine does, or did before it was started anew.
+        samples: measurements on this very process that it stands for.
     """
 
     line: Line
     points: tuple[Features, ...]
     origin: str
     own: bool = False
+    samples: int = 0
 
 
 class Trust(msgspec.Struct, frozen=True):
@@ -102,9 +104,9 @@ class Trust(msgspec.Struct, frozen=True):
 
     Attributes:
         samples: real ones, ever.
-        error: of the last predictions, the middle relative one; None before there were any.
+        error: of the last predictions, the middle relative one; None before it made any of its own.
         doubt: why it is not to be trusted at the moment; empty if it is.
-        own: without enough samples it is taken from what the engine did before it was started anew.
+        own: without enough samples it is taken from what the engine did itself, as before it was started anew.
         changed: how many times as slow it has become since `changed_at`; 1 where it has not changed.
         changed_at: when that was seen last.
     """
@@ -207,7 +209,8 @@ class Fit:
         if line is None:
             return 1.0
         said = max(at(line, sample.features), _LEAST_S)
-        self._errors.append(abs(said - sample.seconds) / sample.seconds)
+        if self.is_own:  # else it was somebody else's line that was wrong
+            self._errors.append(abs(said - sample.seconds) / sample.seconds)
         self._recent.append((sample, math.log(sample.seconds / said)))
         run = self._run()
         if not run:
@@ -285,27 +288,27 @@ class Fit:
 
     @property
     def samples(self) -> int:
-        """Real ones, ever."""
-        return self._count
+        """Real ones, ever, with those that its prior stands for."""
+        return self._count + (0 if self._prior is None else self._prior.samples)
 
     @property
     def trust(self) -> Trust:
         """Whether to believe it."""
         error = median(self._errors) if self._errors else None
         own = self._prior is not None and self._prior.own
-        return Trust(self._count, error, self._doubt(error), own, self._changed, self._shifted_at)
+        return Trust(self.samples, error, self._doubt(error), own, self._changed, self._shifted_at)
 
     @property
     def is_own(self) -> bool:
         """It says what this engine does, by enough samples of it or by what it did before it was started anew."""
-        return self._count >= ENOUGH or (self._prior is not None and self._prior.own)
+        return self.samples >= ENOUGH or (self._prior is not None and self._prior.own)
 
     def _doubt(self, error: float | None) -> str:
         if self._shifted and len(self._errors) < RECENT:
             times = in_words(self._shifted)
             return f"it has just become {times} than it was"
-        if self._count < ENOUGH:
-            return f"{self._count} samples so far" + ("" if self._prior is None else f"; taken from {self._prior.origin}")
+        if self.samples < ENOUGH:
+            return f"{self.samples} samples so far" + ("" if self._prior is None else f"; taken from {self._prior.origin}")
         if error is not None and error > SHIFT - 1:
             return f"its predictions are off by {error:.0%}"
         return ""

@@ -24,7 +24,7 @@ has finished anything.
 
 Before anything was measured an engine has the line of that of its peers which is known best, or one that was measured on other hardware
 (`READS`, `STEPS`): enough to tell a long queue from a short one, nothing to refuse anybody for. `trust` says which it is. One that was
-started anew has the line that it had before.
+started anew has the line that it had before. An engine that is idle when it comes is measured (`disagg.policy.benchmark`).
 
 **What cannot be believed.** When the router itself stood still (nobody called `tick` for `stall_s`), times that lie across that are not
 the engines'. And an engine that was slow once is avoided, so that nobody would learn that it is well again: such a one is *due* for a try
@@ -420,7 +420,7 @@ class Forecast:
 
     # --- prompts
 
-    def sent(self, slot: int, new: int, cached: int = 0, *, now: float) -> Reading:
+    def sent(self, slot: int, new: int, cached: int = 0, *, now: float, of_client: bool = True) -> Reading:
         """A prompt was sent.
 
         Args:
@@ -428,6 +428,7 @@ class Forecast:
             new: tokens that it has to compute.
             cached: those before them, whose KV it holds.
             now: monotonic seconds, as everywhere here.
+            of_client: it says what prompts are like; not so one of the router's own.
         """
         self._sent += 1
         self.tried(slot, now=now)
@@ -440,7 +441,8 @@ class Forecast:
             self._backlog[slot] = 0.0  # what summing up has left of rounding
         queue[reading] = None
         self._backlog[slot] += reading.busy_s
-        self._prompt += _ANSWER_SHARE * (new + cached - self._prompt) if self._prompt else new + cached
+        if of_client:
+            self._prompt += _ANSWER_SHARE * (new + cached - self._prompt) if self._prompt else new + cached
         return reading
 
     def tried(self, slot: int, *, now: float) -> None:
@@ -709,6 +711,25 @@ class Forecast:
             fit = self._steps[slot]
             fit.seen((float(max(1, self._writing[slot])), float(max(0, self._kv[slot]))), seconds, now=now)
             self._step_lines[slot] = self._line(fit, self._any_steps)
+
+    def measured(self, slot: int, *, reads: Prior | None = None, steps: Prior | None = None, now: float) -> None:
+        """An engine was measured on purpose: this is what it is taken to do until more is seen, and for what samples are compared with.
+
+        Args:
+            slot: of the engine.
+            reads: what passes take; None where that was not measured.
+            steps: what steps take, the same.
+            now: when.
+        """
+        for fits, prior in ((self._reads, reads), (self._steps, steps)):
+            if prior is not None:
+                fits[slot] = Fit(2, prior)
+                fits[slot].seen_at = now
+        self._lend()
+
+    def is_known(self, slot: int) -> tuple[bool, bool]:
+        """Whether this engine's passes, and its steps, were measured often enough, now or before it was started anew."""
+        return self._reads[slot].is_own, self._steps[slot].is_own
 
     def step_s(self, slot: int, batch: int, kv_tokens: int) -> float:
         """Seconds of a step of this engine with so many answers, whose KV is so many tokens."""

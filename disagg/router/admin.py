@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from http import HTTPStatus
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ import msgspec
 from aiohttp import web
 
 from disagg.errors import DisaggError, OrderError, RequestError
-from disagg.model import ClusterView, EngineView, Role
+from disagg.model import ClusterView, EngineId, EngineView, Role
 from disagg.observe.metrics import RouterMetrics
 from disagg.policy.books import Books
 from disagg.policy.cost import CHANGED_S, ENOUGH, SHIFT
@@ -75,6 +75,7 @@ def admin_app(
     prefixes: PrefixIndex,
     relay: Relay,
     standings: Callable[[], Sequence[msgspec.Struct]],
+    measuring: Callable[[], Collection[EngineId]],
     metrics: RouterMetrics,
     orders: Orders,
 ) -> web.Application:
@@ -86,11 +87,12 @@ def admin_app(
         prefixes: what engines say of their prefix caches.
         relay: whose requests and holds are shown.
         standings: how the pools of each model stand.
+        measuring: the engines that are being measured.
         metrics: what is counted.
         orders: who takes orders.
     """
     app = web.Application(middlewares=[_guard], client_max_size=64 * 1024)
-    _Looks(view, why_not_ready, prefixes, relay, standings, metrics, orders).route(app)
+    _Looks(view, why_not_ready, prefixes, relay, standings, measuring, metrics, orders).route(app)
     _Doings(orders).route(app)
     return app
 
@@ -105,6 +107,7 @@ class _Looks:
         prefixes: PrefixIndex,
         relay: Relay,
         standings: Callable[[], Sequence[msgspec.Struct]],
+        measuring: Callable[[], Collection[EngineId]],
         metrics: RouterMetrics,
         orders: Orders,
     ) -> None:
@@ -113,6 +116,7 @@ class _Looks:
         self._prefixes = prefixes
         self._relay = relay
         self._standings = standings
+        self._measuring = measuring
         self._metrics = metrics
         self._orders = orders
 
@@ -138,6 +142,8 @@ class _Looks:
         cluster = cluster_json(view, self._prefixes)
         for row, engine in zip(cluster["engines"], view.engines, strict=True):
             row["forecast"] = forecast_json(books, engine, view, now)
+            if engine.id in self._measuring():
+                row["measuring"] = True
             distrusted = [said for said in (engine.distrust, books.contradictions.doubt(engine.slot, now=now)) if said]
             if distrusted:
                 row["distrusted"] = distrusted

@@ -9,7 +9,7 @@ from disagg.handoff import DecodeFailed, DecodeFinished
 from disagg.router.attempt import ANSWER_LIMIT, Attempt, DecodeLeg
 from disagg.router.client import Client
 from disagg.router.journal import Journal
-from disagg.router.openai import DONE_EVENT, FAILURES, is_json, may_hold_failure, split_failure, split_garbage
+from disagg.router.openai import DONE_EVENT, FAILURES, Route, is_json, may_hold_failure, split_failure, split_garbage
 from disagg.router.seam import Seam
 from disagg.router.upstream import unframe
 
@@ -223,6 +223,24 @@ class EventLeg(DecodeLeg):
         else:
             where = self.attempt.choice.decode.id
             self.attempt.decode_ended(DecodeFailed(EngineError(f"the engine {where} ended its stream in the middle of the answer")))
+
+
+class TimedLeg(EventLeg):
+    """Notes when the events of an answer came, and forgets what they say.
+
+    Attributes:
+        times: of the events so far, on the owner's clock.
+    """
+
+    __slots__ = ("times",)
+
+    def __init__(self, attempt: Attempt) -> None:
+        super().__init__(attempt, Journal(Route.GENERATE, lambda _seconds, _count: None))
+        self.times: list[float] = []
+
+    def pass_on(self, events: list[bytes]) -> None:
+        """Some more."""
+        self.times += [self.attempt.last_read_at] * len(events)
 
 
 class SeamLeg(EventLeg):

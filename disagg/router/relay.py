@@ -20,7 +20,7 @@ from disagg.policy.pace import Pace
 from disagg.router.admission import Admission, Promise
 from disagg.router.attempt import ANSWER_LIMIT, Attempt, DecodeLeg, refusal
 from disagg.router.client import Client
-from disagg.router.legs import WholeLeg
+from disagg.router.legs import TimedLeg, WholeLeg
 from disagg.router.openai import MAX_SAMPLES, ClientRequest, Route, key_prefix, parse_request
 from disagg.router.trial import Trial
 from disagg.router.upstream import Upstream, UpstreamConnection, unframe
@@ -449,6 +449,32 @@ class Relay:
         Raises:
             DisaggError: there is none within `PROVE_LIMIT_S`.
         """
+        leg = await self._ask(self.admission.promise(choice), body, lambda attempt, _number: WholeLeg(attempt))
+        assert isinstance(leg, WholeLeg)
+        return leg.body
+
+    async def time(self, choice: Choice, body: bytes, tokens: int) -> Sequence[float]:
+        """Has this very pair, or unified engine, stream the answer to one ``/generate`` request of the router's own, to measure them.
+
+        Args:
+            choice: the engines.
+            body: of the request.
+            tokens: of its prompt, of which no engine holds anything.
+
+        Returns:
+            When its events came, on the relay's clock.
+
+        Raises:
+            DisaggError: there is no whole answer within `PROVE_LIMIT_S`.
+        """
+        promise = self.admission.promise(choice)
+        reader = choice.prefill or choice.decode
+        promise.reading = self.admission.books.forecast.sent(reader.slot, tokens, now=self.clock(), of_client=False)
+        leg = await self._ask(promise, body, lambda attempt, _number: TimedLeg(attempt))
+        assert isinstance(leg, TimedLeg)
+        return leg.times
+
+    async def _ask(self, promise: Promise, body: bytes, leg: LegFactory) -> DecodeLeg:
         began = self.clock()
         request = parse_request(Route.GENERATE, body)
         job = Job(
@@ -458,18 +484,17 @@ class Relay:
             began + PROVE_LIMIT_S,
             Record(f"{self._random_room():016x}{self._random_room():016x}", request.path, began),
         )
-        attempt = self.attempt(job, self.admission.promise(choice))
+        attempt = self.attempt(job, promise)
         try:
-            await self.send(attempt, job, lambda a, _number: WholeLeg(a))
+            await self.send(attempt, job, leg)
             while not attempt.finished:
                 await attempt.wait()
         finally:
             attempt.client_left()
         if attempt.error is not None:
             raise attempt.error
-        leg = attempt.decode_leg
-        assert isinstance(leg, WholeLeg)
-        return leg.body
+        assert attempt.decode_leg is not None
+        return attempt.decode_leg
 
     async def post(self, engine: EngineView, path: str, body: bytes, limit_s: float) -> bytes:
         """Posts JSON to one engine and returns the answer's body.

@@ -32,8 +32,8 @@ class Cluster:
         self.url = f"http://127.0.0.1:{http}"
         self.admin = f"http://127.0.0.1:{admin}"
 
-    def wait_ready(self) -> None:
-        until = time.monotonic() + START_LIMIT_S
+    def wait_ready(self, limit_s: float = START_LIMIT_S) -> None:
+        until = time.monotonic() + limit_s
         while time.monotonic() < until:
             if self.process.poll() is not None:
                 raise RuntimeError(f"`disagg up` ended with {self.process.returncode}: {self.log.read_text()}")
@@ -43,7 +43,7 @@ class Cluster:
             except httpx2.TransportError:
                 pass
             time.sleep(0.05)
-        raise RuntimeError(f"`disagg up` was not ready in {START_LIMIT_S} s: {self.log.read_text()}")
+        raise RuntimeError(f"`disagg up` was not ready in {limit_s} s: {self.log.read_text()}")
 
     def wait_proved(self) -> None:
         """Until no canary is under way any more: a test that looks at an engine's load sees its own requests alone."""
@@ -74,9 +74,10 @@ class Cluster:
 
 
 @contextmanager
-def running_cluster(*flags: str, wait: bool = True) -> Iterator[Cluster]:
+def running_cluster(*flags: str, wait: bool = True, limit_s: float = START_LIMIT_S) -> Iterator[Cluster]:
     http, admin = free_port(), free_port()
-    command = [sys.executable, "-m", "disagg", "up", "--http", f"127.0.0.1:{http}", "--admin", f"127.0.0.1:{admin}", *flags]
+    known = ["--no-measure-at-start"]  # tests count what engines do; who wants it says so
+    command = [sys.executable, "-m", "disagg", "up", "--http", f"127.0.0.1:{http}", "--admin", f"127.0.0.1:{admin}", *known, *flags]
     with tempfile.TemporaryDirectory(prefix="cluster-") as folder:
         log = Path(folder) / "log"
         with log.open("wb") as out:
@@ -84,7 +85,7 @@ def running_cluster(*flags: str, wait: bool = True) -> Iterator[Cluster]:
         cluster = Cluster(process, log, http, admin)
         try:
             if wait:
-                cluster.wait_ready()
+                cluster.wait_ready(limit_s)
                 cluster.wait_proved()
             yield cluster
         finally:

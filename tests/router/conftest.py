@@ -91,7 +91,7 @@ async def running_rig(
             engines[-1].places = places
         section = RouterSection(http=f"127.0.0.1:{free_port()}", admin=f"127.0.0.1:{free_port()}", **{"probe_interval_s": 0.2, **settings})
         observe = ObserveSection(log_level="error")
-        config = Config(router=section, slo=slo or SloSection(), policy=policy or PolicySection(), observe=observe)
+        config = Config(router=section, slo=slo or SloSection(), policy=policy or PolicySection(measure_at_start=False), observe=observe)
         router = await stack.enter_async_context(router_running(config, [e.address for e in engines], log, canaries=canaries))
         session = await stack.enter_async_context(aiohttp.ClientSession())
         if wait:

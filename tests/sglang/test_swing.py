@@ -14,13 +14,14 @@ import httpx2
 import msgspec
 import pytest
 
+from disagg.policy.cost import ENOUGH
 from tests.serve.conftest import wait_for
 from tests.sglang.conftest import BACK_LIMIT_S, ENGINE, FEW_PLACES, PLACES, PLAIN_JSON, START_LIMIT_S, Cluster, text_of
 
 SPEED = 10.0
-FLAGS = ("--flips", "auto", "--policy-speed", f"{SPEED:g}", "--ttft-s", "30", "--queue-timeout-s", "30")
+FLAGS = ("--measure-at-start", "--flips", "auto", "--policy-speed", f"{SPEED:g}", "--ttft-s", "30", "--queue-timeout-s", "30")
 """Clients wait for their answer before they ask again, so nobody need be sent away."""
-PHASE_LIMIT_S = 120.0
+PHASE_LIMIT_S = 180.0
 ASKED_LIMIT = 600
 AFTERWARDS = 24
 """Answers that must come when the engine has moved, and from it."""
@@ -44,7 +45,9 @@ class Phase(NamedTuple):
     ratio: tuple[int, int]
 
 
-PHASES = (Phase("long answers", 40, 24, PLACES + 4, (1, 2)), Phase("long prompts", 600, 2, 6, (2, 1)))
+PHASES = (Phase("long answers", 40, 192, PLACES + 4, (1, 2)), Phase("long prompts", 600, 2, 6, (2, 1)))
+"""The engines share the cores: where decode keeps these busy a prompt takes several times as long. So answers must be long enough that one
+prefill engine is plenty all the same."""
 
 
 @dataclass
@@ -168,11 +171,30 @@ def restart_router(cluster: Cluster, *flags: str) -> None:
 
 
 def changes_of(cluster: Cluster) -> list[dict[str, Any]]:
-    """All that this router was ordered or has decided."""
-    found: list[dict[str, Any]] = []
-    while (answer := httpx2.get(f"{cluster.admin}/admin/changes/{len(found) + 1}", timeout=10)).status_code == 200:
-        found.append(answer.json())
-    return found
+    """All that this router was ordered or has decided, when they are over."""
+
+    def look() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        while (answer := httpx2.get(f"{cluster.admin}/admin/changes/{len(found) + 1}", timeout=10)).status_code == 200:
+            found.append(answer.json())
+        return found
+
+    wait_for(lambda: all(c["phase"] in {"done", "failed"} for c in look()), lambda: str(look()), limit_s=BACK_LIMIT_S)
+    return look()
+
+
+def wait_measured(cluster: Cluster, engines: int) -> None:
+    """The router has had so many engines read or write, because it knew nothing of them."""
+
+    def known() -> int:
+        rows = httpx2.get(cluster.admin + "/admin/cluster", timeout=10).json()["engines"]
+        return sum(
+            row["forecast"][{"prefill": "reads", "decode": "steps"}[row["role"]]]["samples"] >= ENOUGH
+            for row in rows
+            if row["role"] != "unified"
+        )
+
+    wait_for(lambda: known() >= engines, lambda: f"{known()} of {engines} engines were measured", limit_s=BACK_LIMIT_S)
 
 
 def give_back(cluster: Cluster) -> None:
@@ -194,6 +216,7 @@ def swung(cluster: Cluster) -> tuple[Seen, list[dict[str, Any]]]:
     restart_router(cluster, *FLAGS)
     try:
         with cluster.without("u"):
+            wait_measured(cluster, 3)
             seen = asyncio.run(swing(cluster))
         changes = changes_of(cluster)
     finally:

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from disagg.config import ClusterSection, Config, EngineSection, RouterSection
+from disagg.config import ClusterSection, Config, EngineSection, PolicySection, RouterSection
 from disagg.host import HostPlan, host_running
 from disagg.launches import EngineSpec
 from disagg.model import EngineId, EngineState, Role
@@ -508,6 +508,7 @@ def _config() -> Config:
             whole_answer_timeout_s=30.0,
         ),
         engine=EngineSection(served_name="sim"),
+        policy=PolicySection(measure_at_start=False),  # what engines do is the load's and the canaries'
     )
 
 

@@ -1,0 +1,147 @@
+"""Has idle engines read and write, and tells the forecast how long they took: the hands of `disagg.policy.benchmark`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from typing import Any, Protocol
+
+import msgspec
+import structlog
+
+from disagg.cluster.canary import pairing
+from disagg.errors import DisaggError
+from disagg.model import Choice, ClusterView, EngineId, EngineState, EngineView
+from disagg.policy.benchmark import Benchmark, Plan, Round
+from disagg.policy.forecast import Forecast
+
+LOOK_S = 1.0
+_IDS = 200
+_FIRST_ID = 16
+"""Every vocabulary has tokens of these ids, and few have special ones among them."""
+
+
+class Table(Protocol):
+    """What the measurer needs of the controller."""
+
+    @property
+    def view(self) -> ClusterView:
+        """The current view."""
+
+
+class Measurer:
+    """Measures one pair, or unified engine, at a time.
+
+    Args:
+        table: the controller.
+        forecast: is told.
+        time: has a pair stream the answer to a ``/generate`` body with so many tokens; returns when its events came, raises DisaggError.
+        legs_of: how many legs run on the engine in a slot.
+        spawn: runs a coroutine as a task that somebody owns.
+        new_salt: a fresh word each time.
+        clock: monotonic seconds.
+
+    Attributes:
+        outcomes: of measurements: done, stopped (clients came), failed.
+        measuring: the engines that are being measured.
+    """
+
+    def __init__(
+        self,
+        *,
+        table: Table,
+        forecast: Forecast,
+        time: Callable[[Choice, bytes, int], Awaitable[Sequence[float]]],
+        legs_of: Callable[[int], int],
+        spawn: Callable[[Coroutine[Any, Any, None], str], Any],
+        new_salt: Callable[[], str],
+        clock: Callable[[], float],
+        log: structlog.typing.FilteringBoundLogger,
+    ) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self._table = table
+        self._forecast = forecast
+        self._time = time
+        self._legs_of = legs_of
+        self._spawn = spawn
+        self._new_salt = new_salt
+        self._clock = clock
+        self._log = log
+        self._benchmark = Benchmark()
+        self.measuring: Collection[EngineId] = ()
+        self._looked_at = float("-inf")
+
+    def look(self, now: float) -> None:
+        """Called at each beat while no canary is asked: looks whether there is an engine to measure."""
+        if self.measuring or 0.0 <= now - self._looked_at < LOOK_S:
+            return
+        self._looked_at = now
+        choice = self._benchmark.next(self._table.view, known=self._known, is_idle=self._is_idle)
+        if choice is not None:
+            self.measuring = [engine.id for engine in (choice.prefill, choice.decode) if engine is not None]
+            self._spawn(self._measure(choice), f"measurement of {pairing(choice)}")
+
+    def _known(self, slot: int) -> tuple[bool, bool]:
+        return self._forecast.is_known(slot) if slot < self._forecast.engines else (True, True)  # no request has seen it yet
+
+    def _is_idle(self, engine: EngineView) -> bool:
+        return not self._legs_of(engine.slot) and not engine.load.requests
+
+    async def _measure(self, choice: Choice) -> None:
+        plan, began, outcome = Plan(choice), self._clock(), "done"
+        reader, writer = (choice.prefill or choice.decode).slot, choice.decode.slot
+        had_reads, had_steps = self._known(reader)[0], self._known(writer)[1]
+        try:
+            while (one := plan.next()) is not None:
+                if not self._is_free(choice):
+                    outcome = "stopped"
+                    break
+                since = self._clock()
+                times = await self._run(choice, one)
+                plan.took(one, self._clock() - since, [[at - since for at in each] for each in times])
+        except DisaggError as error:
+            outcome = "failed"
+            self._log.info("an engine could not be measured", engines=str(pairing(choice)), why=str(error))
+        except Exception:  # noqa: BLE001  # a fault of ours must not end all measurements
+            outcome = "failed"
+            self._log.exception("a measurement failed", engines=str(pairing(choice)))
+        finally:
+            self.measuring = ()
+        self.outcomes[outcome] += 1
+        if outcome != "failed":
+            now = self._clock()  # what was learnt from clients meanwhile, or before, is worth more
+            self._forecast.measured(reader, reads=None if had_reads else plan.reads, now=now)
+            self._forecast.measured(writer, steps=None if had_steps else plan.steps, now=now)
+            self._log.info("measured", engines=str(pairing(choice)), outcome=outcome, seconds=round(self._clock() - began, 2))
+
+    async def _run(self, choice: Choice, one: Round) -> Sequence[Sequence[float]]:
+        """When the tokens of each answer came. Raises DisaggError."""
+        asked = [self._time(choice, self._body(one), one.prompt) for _ in range(one.at_once)]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+    def _body(self, one: Round) -> bytes:
+        """No prompt is like another one: a prefix cache must not answer in place of the engine."""
+        salt = self._new_salt()
+        seed = int.from_bytes(salt.encode()[-8:], "big")
+        ids = [_FIRST_ID + (seed + n * (n + seed % 97)) % _IDS for n in range(one.prompt)]
+        sampling = {"max_new_tokens": one.answer, "temperature": 0, "ignore_eos": True}
+        return msgspec.json.encode({"input_ids": ids, "sampling_params": sampling, "stream": True, "extra_key": salt})
+
+    def _is_free(self, choice: Choice) -> bool:
+        """Nobody else wants these engines."""
+        engines = {e.id: e for e in self._table.view.engines}
+        return all(self._serves(engines.get(e.id), e) for e in (choice.prefill, choice.decode) if e is not None)
+
+    def _serves(self, now: EngineView | None, then: EngineView) -> bool:
+        return (
+            now is not None
+            and now.state is EngineState.READY
+            and now.address.role is then.address.role
+            and now.address.pid == then.address.pid
+            and not self._legs_of(then.slot)
+        )
