@@ -17,6 +17,8 @@ from disagg.policy.benchmark import Benchmark, Plan, Round
 from disagg.policy.forecast import Forecast
 
 LOOK_S = 1.0
+SETTLE_S = 1.0
+SETTLE_LOOK_S = 0.01
 _IDS = 200
 _FIRST_ID = 16
 """Every vocabulary has tokens of these ids, and few have special ones among them."""
@@ -94,7 +96,7 @@ class Measurer:
         had_reads, had_steps = self._known(reader)[0], self._known(writer)[1]
         try:
             while (one := plan.next()) is not None:
-                if not self._is_free(choice):
+                if not await self._is_free(choice):
                     outcome = "stopped"
                     break
                 since = self._clock()
@@ -132,16 +134,19 @@ class Measurer:
         sampling = {"max_new_tokens": one.answer, "temperature": 0, "ignore_eos": True}
         return msgspec.json.encode({"input_ids": ids, "sampling_params": sampling, "stream": True, "extra_key": salt})
 
-    def _is_free(self, choice: Choice) -> bool:
-        """Nobody else wants these engines."""
+    async def _is_free(self, choice: Choice) -> bool:
+        """Nobody else wants these engines. SGLang's prefill engines end a request of ours a moment after its answer has ended."""
+        pair = [e for e in (choice.prefill, choice.decode) if e is not None]
+        until = self._clock() + SETTLE_S
+        while any(self._legs_of(e.slot) for e in pair):
+            if self._clock() >= until:
+                return False
+            await asyncio.sleep(SETTLE_LOOK_S)
         engines = {e.id: e for e in self._table.view.engines}
-        return all(self._serves(engines.get(e.id), e) for e in (choice.prefill, choice.decode) if e is not None)
+        return all(_serves(engines.get(e.id), e) for e in pair)
 
-    def _serves(self, now: EngineView | None, then: EngineView) -> bool:
-        return (
-            now is not None
-            and now.state is EngineState.READY
-            and now.address.role is then.address.role
-            and now.address.pid == then.address.pid
-            and not self._legs_of(then.slot)
-        )
+
+def _serves(now: EngineView | None, then: EngineView) -> bool:
+    return (
+        now is not None and now.state is EngineState.READY and now.address.role is then.address.role and now.address.pid == then.address.pid
+    )

@@ -25,7 +25,7 @@ CONTEXT_SHARE = 0.5
 ROOM_SHARE = 0.25
 """Prompts take up no more than this of an engine's context, and of its KV."""
 LONG_S = 1.0
-"""A round that took longer is not repeated, nor is one with longer prompts asked for."""
+"""Of a length that took longer there is one round only, and shorter ones take the place of the others."""
 LIMIT_S = 10.0
 """Nothing is begun after so long."""
 
@@ -58,7 +58,7 @@ class Plan:
         self._engines = [e for e in (choice.prefill, choice.decode) if e is not None]
         self._limit = _longest(self._engines)
         lengths = [n for n in LENGTHS if n <= self._limit]
-        # In turn: a row of large batches after a row of small ones would look like an engine that has become slower.
+        # In turn, so that there is something of each kind when a client ends it.
         writes = [Round(n, LONG_ANSWER, many) for n in lengths[:1] for many in self._at_once(n)]
         self._rounds = [*(Round(n, ANSWER) for n in lengths), *writes] * TIMES
         self._passed_s = 0.0
@@ -72,11 +72,12 @@ class Plan:
 
     def next(self) -> Round | None:
         """What to ask for; None where there is nothing more to learn, or it has taken long enough."""
-        while self._rounds and self._passed_s < LIMIT_S:
-            one = self._rounds.pop(0)
-            if one.prompt <= self._limit:
-                return one
-        return None
+        if not self._rounds or self._passed_s >= LIMIT_S:
+            return None
+        one = self._rounds.pop(0)
+        if one.prompt <= self._limit:
+            return one
+        return msgspec.structs.replace(one, prompt=max(n for n in LENGTHS if n <= self._limit))  # there are to be as many as else
 
     def took(self, one: Round, seconds: float, times: Sequence[Sequence[float]]) -> None:
         """A round is over.
@@ -176,7 +177,7 @@ def _prior(measured: Mapping[Features, Sequence[float]]) -> Prior | None:
         return None
     rows = [(1.0, *features) for features in measured]
     line = robust_line(rows, [median(seconds) for seconds in measured.values()], [float(len(seconds)) for seconds in measured.values()])
-    return Prior(line, tuple(measured), "a measurement when it came", own=True, samples=sum(map(len, measured.values())))
+    return Prior(line, tuple(measured), "a measurement when it came", samples=sum(map(len, measured.values())))
 
 
 def _longest(engines: Sequence[EngineView]) -> int:

@@ -88,7 +88,7 @@ class Prior(msgspec.Struct, frozen=True):
         line: its coefficients.
         points: work at which it was measured, or at least makes sense.
         origin: for people, as "4x A100, a 70B model".
-        own: it is what this very engine does, or did before it was started anew.
+        own: it is what this very engine did before it was started anew.
         samples: measurements on this very process that it stands for.
     """
 
@@ -106,7 +106,7 @@ class Trust(msgspec.Struct, frozen=True):
         samples: real ones, ever.
         error: of the last predictions, the middle relative one; None before it made any of its own.
         doubt: why it is not to be trusted at the moment; empty if it is.
-        own: without enough samples it is taken from what the engine did itself, as before it was started anew.
+        own: without enough samples it is taken from what the engine did before it was started anew.
         changed: how many times as slow it has become since `changed_at`; 1 where it has not changed.
         changed_at: when that was seen last.
     """

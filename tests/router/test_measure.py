@@ -151,3 +151,17 @@ async def test_who_does_not_want_it_switches_it_off() -> None:
     async with running_rig(*PAIR, canaries=True, behave=take_time, policy=PolicySection(measure_at_start=False)) as rig:
         await until(lambda: 'disagg_canaries_total{outcome="same"} 1.0' in rig.metrics())
         assert rig.router.controller.measurer is None
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_a_prefill_engine_that_ends_a_moment_after_the_answer_is_no_client() -> None:
+    async def behave(call: Call) -> None:
+        if is_measuring(call) and call.engine.role is Role.PREFILL:
+            await asyncio.sleep(TOKEN_S * len(call.json["input_ids"]) + STEP_S * call.json["sampling_params"]["max_new_tokens"] + 0.1)
+            await call.json_answer({"text": "a", "meta_info": {}})
+        else:
+            await take_time(call)
+
+    async with running_rig(*PAIR, canaries=True, behave=behave, policy=MEASURED) as rig:
+        await until(lambda: bool(outcomes(rig)))
+        assert outcomes(rig) == {"done": 1}
