@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from disagg.model import ClusterView, EngineAddress, EngineFacts, EngineId, EngineLoad, EngineState, EngineView, Role
-from disagg.policy.benchmark import AT_ONCE, LENGTHS, LIMIT_S, LONG_S, TIMES, Benchmark, Plan, Round, overlap_step_s
+from disagg.policy.benchmark import AT_ONCE, HARD_S, LENGTHS, LIMIT_S, LONG_S, TIMES, Benchmark, Plan, Round, overlap_step_s
 from disagg.policy.cost import ENOUGH, at
 from disagg.policy.forecast import Forecast
 
@@ -90,7 +90,7 @@ def test_a_plan_has_prompts_of_each_length_and_answers_at_once() -> None:
 
 
 def test_a_plan_asks_for_no_more_than_there_is_room_for() -> None:
-    assert max(one.prompt for one in rounds(plan_of(context=1024))) == 512
+    assert max(one.prompt for one in rounds(plan_of(context=1024))) == 256
     few = rounds(plan_of(kv=512))
     assert max(one.prompt for one in few) == 64
     assert max(one.at_once for one in few) == 1
@@ -100,14 +100,29 @@ def test_a_plan_asks_for_no_more_than_there_is_room_for() -> None:
 
 def test_what_takes_long_is_not_repeated_and_all_of_it_ends() -> None:
     plan = plan_of()
-    first = [one for one in (plan.next() for _ in range(2)) if one is not None]
-    plan.took(first[0], 0.1, [[0.1]])
-    plan.took(first[1], LONG_S * 1.1, [[LONG_S]])
-    assert [one.prompt for one in first] == [64, 512]
+    first = []
+    for seconds in (0.1, LONG_S * 1.1):
+        one = plan.next()
+        assert one is not None
+        first.append(one)
+        plan.took(one, seconds, [[seconds]])
+    assert [one.prompt for one in first] == [64, 256]
     rest = rounds(plan)
     assert {one.prompt for one in rest} == {64}
     assert sum(one.at_once == 1 for one in rest) + len(first) >= ENOUGH, "what is left out is made up for"
     assert len(rounds(plan_of(), LIMIT_S / 3)) <= 4
+
+
+@pytest.mark.parametrize("token_s", [1e-4, 1e-3, 5e-3, 2e-2, 0.2])
+def test_no_engine_is_asked_for_what_it_takes_long_for(token_s: float) -> None:
+    plan, asked = plan_of(), []
+    while (one := plan.next()) is not None:
+        asked.append(one)
+        first_s = token_s * one.prompt
+        plan.took(one, first_s * one.at_once, [[first_s * (n + 1) + 0.01 * m for m in range(one.answer)] for n in range(one.at_once)])
+    assert all(one.prompt * one.at_once * token_s <= HARD_S for one in asked if one.prompt * one.at_once > LENGTHS[0])
+    assert asked[0].prompt == LENGTHS[0]
+    assert len(asked) >= (ENOUGH if token_s < 0.01 else 1)
 
 
 def test_a_step_is_measured_while_all_answers_are_written() -> None:

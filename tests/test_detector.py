@@ -241,7 +241,7 @@ class Kept:
         self.said = EngineReport(
             EngineId(f"{role}-0"), role, S.READY, "it answers its agent", "10.0.0.1", 30000, pid=7, start_ticks=70, facts=FACTS
         )
-        self.bytes_at = 0.0
+        self.bytes_at = self.long_s = 0.0
         self.lost: list[str] = []
         self.asked: Probe | None = None
         self.ends_at: float | None = None
@@ -264,7 +264,7 @@ class Kept:
         return self.tell(HostJudged(state, reason, self.bytes_at, gone))
 
     def tick(self, *, after: float = 0.0) -> list[Command]:
-        return self.tell(Tick(self.bytes_at), after=after)
+        return self.tell(Tick(self.bytes_at, self.long_s), after=after)
 
     def run(self, seconds: float, each: Callable[[], object] = lambda: None, *, answer: Event | None = None, takes: float = 0.01) -> None:
         """Time passes as in the router: a tick when one is due; `each` eight times a second; probes end as `answer` after `takes` s."""
@@ -587,6 +587,39 @@ def test_counters_that_stand_for_five_seconds_under_work_are_a_hang(kept: Kept) 
     assert len(kept.lost) == 1
     kept.report(counter=6, working=True)
     assert (kept.state(), kept.made.view.still_s) == (S.READY, 0.0)
+
+
+def test_a_long_prompt_gives_an_engine_time(kept: Kept) -> None:
+    kept.long_s = 20.0
+    work(kept)()
+    kept.run(19.5, work(kept))
+    assert (kept.state(), kept.lost) == (S.READY, [])
+    kept.run(1.0, work(kept))
+    assert kept.why == (S.SUSPECT, "it has work and its counters have not moved for 20 s")
+
+
+def test_the_time_that_a_long_prompt_gave_ends_with_it(kept: Kept) -> None:
+    kept.long_s = 50.0
+    work(kept)()
+    kept.run(10.0, work(kept))
+    kept.long_s = 0.0  # its client has left
+    kept.run(1.5, work(kept))
+    assert (kept.state(), len(kept.lost)) == (S.SUSPECT, 1)
+    kept.report(counter=6, working=True)
+    kept.run(HANG_S - 0.1, work(kept, 6))
+    assert kept.state() is S.READY
+    kept.run(0.6, work(kept, 6))
+    assert kept.why == (S.SUSPECT, "it has work and its counters have not moved for 4.25 s")
+
+
+def test_an_engine_that_was_given_time_and_moved_has_no_more_than_others(kept: Kept) -> None:
+    kept.long_s = 50.0
+    work(kept)()
+    kept.run(10.0, work(kept))
+    kept.long_s = 0.0
+    kept.report(counter=6, working=True)
+    kept.run(HANG_S + 0.5, work(kept, 6))
+    assert (kept.state(), len(kept.lost)) == (S.SUSPECT, 1)
 
 
 def test_no_work_no_hang(kept: Kept) -> None:

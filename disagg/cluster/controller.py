@@ -115,6 +115,9 @@ class DataPath(Protocol):
     def legs_of(self, slot: int) -> int:
         """How many legs run on the engine in this slot."""
 
+    def long_s(self, slot: int) -> float:
+        """For how long the engine in this slot may seem to stand still, because of a long prompt that it was given, seconds."""
+
 
 class Hosts(Protocol):
     """What the controller needs of the control plane."""
@@ -270,7 +273,8 @@ class Controller:
         for detector in list(self._detectors.values()):
             due = detector.next_deadline()
             if due is not None and now >= due:
-                self._feed(detector, Tick(self._last_bytes_at(detector.id)))
+                long_s = 0.0 if self._data is None else self._data.long_s(detector.view.slot)
+                self._feed(detector, Tick(self._last_bytes_at(detector.id), long_s))
         for engine, (change, pid) in list(self._running.items()):
             self._look_at_change(engine, change, pid, now)
         for engine, cause in list(self._leavers(now)):

@@ -19,6 +19,8 @@ within the last `SIGN_OF_LIFE_S`: an answered probe, or bytes of a running answe
 
 An engine hangs when its counters stood still under work for `HANG_S` and no bytes came in that time. The counters are read by the agent as
 long as its host is heard, and by the router otherwise; stillness counts as far as it was watched, so nobody hangs because nobody looked.
+They stand still for as long as a pass takes, too, and a chunk of a very long prompt may take longer than that. So an engine has as long as
+the longest prompt that it was given should take (`Tick.long_s`), if that is more.
 The answer of a health endpoint proves nothing (sglang#6624: 200 for over an hour with a dead scheduler); counters that move do. Starting
 and switching are exempt: loading, warm-up and graph capture take as long as they take.
 
@@ -45,6 +47,7 @@ SIGN_OF_LIFE_S = 0.5
 """Where only the way to an engine is cut, its bytes arrive for about a second more; a longer wait would make the verdict late."""
 HANG_S = 4.25
 """Five seconds from the last move to the verdict: up to a quarter each for the agent's look, its heartbeat and our beat come on top."""
+PATIENCE_LOOK_S = 1.0
 HASTY_PROBE_S = 0.25
 HASTY_PATIENCE_S = 0.8
 HISTORY_LIMIT = 64
@@ -126,9 +129,15 @@ class Stalled(msgspec.Struct, frozen=True):
 
 
 class Tick(msgspec.Struct, frozen=True):
-    """Its next probe may be due. `last_bytes_at` as in `HostJudged`."""
+    """Its next probe may be due, or its time is up.
+
+    Attributes:
+        last_bytes_at: as in `HostJudged`.
+        long_s: for how long its counters may stand still, by what it was given to read; what is less than `HANG_S` counts as that.
+    """
 
     last_bytes_at: float = 0.0
+    long_s: float = 0.0
 
 
 class Probe(msgspec.Struct, frozen=True):
@@ -193,6 +202,8 @@ class EngineDetector:
         self._progress = Progress()
         self._reports = Reports()
         self._watched_at = NEVER
+        self._ticked_at = NEVER
+        self._patience_s = self._hang_s
         self._hung = False
         self._failed_over = False
 
@@ -228,7 +239,7 @@ class EngineDetector:
 
     def next_deadline(self) -> float | None:
         """When it wants a `Tick`, to probe or to judge what time brings; None when only an event from elsewhere can change anything."""
-        dues = (None if self._probing else self._probe_at, self._hangs_at(), self._lifeless_at())
+        dues = (None if self._probing else self._probe_at, self._hang_look_at(), self._lifeless_at())
         return min((due for due in dues if due is not None), default=None)
 
     def check(self) -> None:
@@ -349,6 +360,9 @@ class EngineDetector:
 
     def _on_tick(self, event: Tick, now: float) -> list[Command]:
         self._note_bytes(event.last_bytes_at)
+        self._ticked_at = now
+        if self._is_still:
+            self._patience_s = max(self._hang_s, event.long_s)
         hangs_at, lifeless_at = self._hangs_at(), self._lifeless_at()
         self._hung = self._hung or (hangs_at is not None and now >= hangs_at)
         self._lifeless = self._lifeless or (lifeless_at is not None and now >= lifeless_at)
@@ -392,7 +406,8 @@ class EngineDetector:
     def _watch(self, counter: int, working: bool, now: float) -> None:
         self._progress.seen(counter, working, now)
         self._watched_at = now
-        self._hung = self._hung and self._progress.still_s(now) > 0.0
+        if self._progress.still_s(now) == 0.0:
+            self._hung, self._patience_s = False, self._hang_s
 
     def _fail_probe(self, why: str, now: float) -> None:
         self._trouble = why
@@ -453,9 +468,22 @@ class EngineDetector:
 
     def _hangs_at(self) -> float | None:
         """When what was seen of it so far makes it hung; None when it does not, or it hangs already."""
-        if self._hung or self._progress.still_s(self._watched_at) < self._hang_s:
+        if self._hung or not self._is_still:
             return None
-        return max(self._watched_at, self._last_bytes_at + self._hang_s)
+        since = self._watched_at - self._progress.still_s(self._watched_at)
+        return max(self._watched_at, self._last_bytes_at + self._hang_s, since + self._patience_s)
+
+    @property
+    def _is_still(self) -> bool:
+        """Its counters stand still for so long that it hangs, unless there is a reason."""
+        return self._progress.still_s(self._watched_at) >= self._hang_s
+
+    def _hang_look_at(self) -> float | None:
+        """The same, or sooner where it has patience: who asked for what takes long may leave."""
+        hangs_at = self._hangs_at()
+        if hangs_at is None or self._patience_s <= self._hang_s:
+            return hangs_at
+        return min(hangs_at, max(self._watched_at, self._ticked_at + PATIENCE_LOOK_S))
 
     def _lifeless_at(self) -> float | None:
         """When it is lost for want of a sign of life; None when it is not to be, or is already."""
@@ -499,7 +527,7 @@ class EngineDetector:
     def _why_suspect(self) -> tuple[EngineState, str] | None:
         agent = self._agent
         if self._hung:
-            return EngineState.SUSPECT, f"it has work and its counters have not moved for {self._hang_s:g} s"
+            return EngineState.SUSPECT, f"it has work and its counters have not moved for {self._patience_s:.4g} s"
         if self._host_state is not HostState.ONLINE:
             return EngineState.SUSPECT, f"its host: {self._host_reason}"
         if self._trouble:

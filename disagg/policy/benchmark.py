@@ -16,7 +16,7 @@ import msgspec
 from disagg.model import Choice, ClusterView, EngineView, Pool, Role
 from disagg.policy.cost import Features, Prior, robust_line, square
 
-LENGTHS = (64, 512, 2048)
+LENGTHS = (64, 256, 2048)
 TIMES = 3
 ANSWER = 8
 AT_ONCE = (4, 16)
@@ -26,6 +26,9 @@ ROOM_SHARE = 0.25
 """Prompts take up no more than this of an engine's context, and of its KV."""
 LONG_S = 1.0
 """Of a length that took longer there is one round only, and shorter ones take the place of the others."""
+HARD_S = 3.0
+"""Nor is anything asked for that should take longer than this, by its tokens: an engine whose pass takes long looks like one that hangs."""
+_LEAST_S = 1e-6
 LIMIT_S = 10.0
 """Nothing is begun after so long."""
 
@@ -74,10 +77,16 @@ class Plan:
         """What to ask for; None where there is nothing more to learn, or it has taken long enough."""
         if not self._rounds or self._passed_s >= LIMIT_S:
             return None
-        one = self._rounds.pop(0)
-        if one.prompt <= self._limit:
-            return one
-        return msgspec.structs.replace(one, prompt=max(n for n in LENGTHS if n <= self._limit))  # there are to be as many as else
+        one, most = self._rounds.pop(0), max(LENGTHS[0], int(HARD_S / self._token_s))
+        if one.at_once > 1:
+            return msgspec.structs.replace(one, at_once=max(1, min(one.at_once, most // one.prompt)))
+        # What is left out a shorter one takes the place of: as many are to be trusted.
+        return msgspec.structs.replace(one, prompt=max(n for n in LENGTHS if n <= min(one.prompt, self._limit, most)))
+
+    @property
+    def _token_s(self) -> float:
+        """What a token of a prompt seems to take at most; more than it does, as long as only short ones were measured."""
+        return min((max(_LEAST_S, min(seconds) / features[0]) for features, seconds in self._reads.items()), default=HARD_S / LENGTHS[0])
 
     def took(self, one: Round, seconds: float, times: Sequence[Sequence[float]]) -> None:
         """A round is over.
@@ -177,7 +186,7 @@ def _prior(measured: Mapping[Features, Sequence[float]]) -> Prior | None:
         return None
     rows = [(1.0, *features) for features in measured]
     line = robust_line(rows, [median(seconds) for seconds in measured.values()], [float(len(seconds)) for seconds in measured.values()])
-    return Prior(line, tuple(measured), "a measurement when it came", samples=sum(map(len, measured.values())))
+    return Prior(line, tuple(measured), "a measurement when it came", own=True, samples=sum(map(len, measured.values())))
 
 
 def _longest(engines: Sequence[EngineView]) -> int:

@@ -88,7 +88,7 @@ class Prior(msgspec.Struct, frozen=True):
         line: its coefficients.
         points: work at which it was measured, or at least makes sense.
         origin: for people, as "4x A100, a 70B model".
-        own: it is what this very engine did before it was started anew.
+        own: it is what this very engine does, or did before it was started anew.
         samples: measurements on this very process that it stands for.
     """
 
@@ -295,7 +295,7 @@ class Fit:
     def trust(self) -> Trust:
         """Whether to believe it."""
         error = median(self._errors) if self._errors else None
-        own = self._prior is not None and self._prior.own
+        own = self._prior is not None and self._prior.own and not self._prior.samples
         return Trust(self.samples, error, self._doubt(error), own, self._changed, self._shifted_at)
 
     @property

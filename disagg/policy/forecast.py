@@ -641,6 +641,10 @@ class Forecast:
         left = busy_s - passed if passed < busy_s else passed - first.seconds if passed > first.seconds else 0.0
         return max(0.0, self._backlog[slot] - busy_s) + left
 
+    def longest_s(self, slot: int) -> float:
+        """Seconds that the longest of the prompts which this engine has still to read was expected to take; 0 where there is none."""
+        return max((reading.seconds for reading in self._queue[slot]), default=0.0) if slot < len(self._queue) else 0.0
+
     def link_s(self, prefill: int, decode: int, tokens: int) -> float:
         """Seconds that a prompt of so many tokens, cached ones with them, takes longer than over the fastest link of its reader."""
         link = self._links[prefill].get(decode)
@@ -851,7 +855,8 @@ class Forecast:
     def _best(fits: list[Fit], line: Line) -> Line:
         """The line of the engine that was measured most often, if that was often enough."""
         best = max(fits, key=lambda fit: fit.samples)
-        return best.latest if best.samples >= ENOUGH and best.latest is not None else line
+        is_known = best.samples >= ENOUGH or (best.samples and best.is_own)
+        return best.latest if is_known and best.latest is not None else line
 
     def known(self, slot: int, *, now: float) -> Known:
         """What is known of an engine."""
