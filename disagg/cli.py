@@ -116,11 +116,17 @@ def _load(path: Path | None, flags: dict[str, dict[str, Any]] | None = None) -> 
     file = path or Path(CONFIG_FILE)
     if path is None and not file.exists():
         return parse_config("", file=CONFIG_FILE, flags=flags)
+    return parse_config(_text_of(file, ConfigError), file=str(file), flags=flags)
+
+
+def _text_of(file: Path, kind: type[DisaggError]) -> str:
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from error
-    return parse_config(text, file=str(file), flags=flags)
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        why = "it is no text in UTF-8"
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+    raise kind(f"{file} cannot be read: {why}")
 
 
 def _say(line: str) -> None:
@@ -489,10 +495,7 @@ def replay(
         bandwidth=bandwidth * 1e9,
         batch=batch,
     )
-    try:
-        text = trace.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TraceError(f"{trace} cannot be read: {error}") from error
+    text = _text_of(trace, TraceError)
     chance = random.Random(seed).random
     load = parse_trace(text, file=str(trace), chance=chance).scaled(rate)
     if minutes:

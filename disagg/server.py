@@ -296,7 +296,12 @@ async def router_running(
         metrics.canaries = examiner.outcomes
         if canaries and config.policy.measure_at_start:
             measurer = controller.measure_engines(
-                forecast=books.forecast, time=relay.time, legs_of=relay.legs_of, new_salt=ids.request_id, clock=clock
+                forecast=books.forecast,
+                time=relay.time,
+                legs_of=relay.legs_of,
+                on_measuring=admission.measuring,
+                new_salt=ids.request_id,
+                clock=clock,
             )
             metrics.benchmarks = measurer.outcomes
         reaper = controller.watch_for_orphans(relay)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from disagg.model import ClusterView, EngineAddress, EngineFacts, EngineId, EngineLoad, EngineState, EngineView, Role
-from disagg.policy.benchmark import AT_ONCE, HARD_S, LENGTHS, LIMIT_S, LONG_S, TIMES, Benchmark, Plan, Round, overlap_step_s
+from disagg.policy.benchmark import AGAIN_S, AT_ONCE, HARD_S, LENGTHS, LIMIT_S, LONG_S, TIMES, TRIES, Benchmark, Plan, Round, overlap_step_s
 from disagg.policy.cost import ENOUGH, at
 from disagg.policy.forecast import Forecast
 
@@ -21,12 +22,12 @@ def engine(slot: int, role: Role, *, pid: int = 0, context: int = 0, kv: int = 0
 
 
 def chosen(
-    benchmark: Benchmark, *engines: EngineView, known: dict[int, tuple[bool, bool]] | None = None, busy: int = -1
+    benchmark: Benchmark, *engines: EngineView, known: dict[int, tuple[bool, bool]] | None = None, busy: int = -1, now: float = 0.0
 ) -> list[int] | None:
     def knows(slot: int) -> tuple[bool, bool]:
         return (known or {}).get(slot, NOTHING)
 
-    choice = benchmark.next(ClusterView.of(engines), known=knows, is_idle=lambda e: e.slot != busy)
+    choice = benchmark.next(ClusterView.of(engines), known=knows, is_idle=lambda e: e.slot != busy, now=now)
     return None if choice is None else [e.slot for e in (choice.prefill, choice.decode) if e is not None]
 
 
@@ -54,6 +55,15 @@ def test_an_engine_that_works_is_left_alone_and_measured_when_it_rests() -> None
     assert chosen(benchmark, *two) == [0, 1]
 
 
+def test_an_engine_of_which_nothing_was_learnt_is_measured_again_later_and_not_for_ever() -> None:
+    benchmark, two, now = Benchmark(), (engine(0, P), engine(1, D)), 0.0
+    assert chosen(benchmark, *two, now=now) == [0, 1]
+    assert chosen(benchmark, *two, now=now + AGAIN_S - 1) is None
+    assert chosen(benchmark, *two, known={0: EVERYTHING}, now=now + AGAIN_S) == [0, 1]
+    assert chosen(benchmark, *two, now=now + 2 * AGAIN_S) is None, "it takes longer each time"
+    assert sum(chosen(benchmark, *two, now=1e6 * n) is not None for n in range(1, 20)) == TRIES - 2
+
+
 def test_another_process_and_another_role_are_measured_again() -> None:
     benchmark = Benchmark()
     assert chosen(benchmark, engine(0, P), engine(1, D), known={0: EVERYTHING}) == [0, 1]
@@ -76,7 +86,9 @@ def rounds(plan: Plan, seconds: float = 0.01) -> list[Round]:
 
 def plan_of(**what: int) -> Plan:
     benchmark = Benchmark()
-    choice = benchmark.next(ClusterView.of([engine(0, P, **what), engine(1, D, **what)]), known=lambda _: NOTHING, is_idle=lambda _: True)
+    choice = benchmark.next(
+        ClusterView.of([engine(0, P, **what), engine(1, D, **what)]), known=lambda _: NOTHING, is_idle=lambda _: True, now=0.0
+    )
     assert choice is not None
     return Plan(choice)
 
@@ -172,6 +184,8 @@ def test_what_is_measured_is_trusted_from_the_first_client_on() -> None:
     forecast.measured(0, reads=plan.reads, now=100.0)
     forecast.measured(1, steps=plan.steps, now=100.0)
     assert [forecast.is_known(slot) for slot in (0, 1)] == [(True, False), (False, True)]
+    forecast.measured(0, reads=msgspec.structs.replace(plan.reads, line=(9.0, 9.0, 9.0)), now=100.0)  # type: ignore[type-var]
+    assert forecast.pass_s(0, 1000) < 9.0, "what is known is not measured again"
     known = forecast.known(0, now=100.0), forecast.known(1, now=100.0)
     assert (known[0].reads_trust.doubt, known[1].steps_trust.doubt) == ("", "")
     assert forecast.pass_s(0, 1000) == pytest.approx(at(READ, (1000, 1e6)), rel=0.02)
@@ -215,8 +229,10 @@ def test_events_of_several_tokens_tell_no_steps() -> None:
 def test_prompts_of_the_routers_own_say_nothing_of_what_clients_ask() -> None:
     forecast = Forecast()
     forecast.grow(1)
-    forecast.left(forecast.sent(0, 2048, now=1.0, of_client=False), now=2.0)
+    forecast.read(forecast.sent(0, 2048, now=1.0, of_client=False), 0, now=2.0)
+    forecast.tick(10.0)
     assert forecast.prompt_tokens == 0.0
+    assert forecast.known(0, now=10.0).reads_trust.samples == 0, "the plan is told of it"
     forecast.left(forecast.sent(0, 300, now=3.0), now=4.0)
     assert forecast.prompt_tokens == 300.0
 

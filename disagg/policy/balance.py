@@ -6,7 +6,8 @@ engines, by what an engine may be loaded with (`RHO`): over 1, its queue is abou
 pressure is least; one engine at a time is moved towards it, and only when all of this holds:
 
 1. the greater pressure drops by `GAIN` or more;
-2. the pool that gives stays under `DONOR_LIMIT` with one engine less: else the next decision would take it back;
+2. the pool that gives stays under `DONOR_LIMIT` with one engine less: else the next decision would take it back. But where the other pool
+   has more than it can do already, what counts is the greater pressure (1);
 3. the same was wanted `IN_A_ROW` times, one after the other: bursts of seconds are for routing and admission (Azure's code trace has peaks
    of 12.8 times its mean over 10 s), drifts of minutes are for flips;
 4. the wait that it averts within `horizon_s` is more than it costs: the engine serves nobody while it drains and switches, and its prefix
@@ -375,7 +376,7 @@ class Balance:
         cost_s = times * (situation.flip_s + situation.lost_cache_s) / 2  # it waits until there is room for it: half a horizon, say
         if averted_s > cost_s:
             return ""
-        return f"it would avert {averted_s:.1f} s of waiting work and cost {cost_s:.1f} s"
+        return f"it would avert {max(0.0, averted_s):.1f} s of waiting work and cost {cost_s:.1f} s"
 
     def _note(self, now: float, sentence: str) -> None:
         self.history.append((now, sentence))

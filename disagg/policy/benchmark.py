@@ -2,8 +2,8 @@
 
 Prompts of a few lengths, each several times, tell what a pass takes; short answers to them what a step takes with one answer, and several
 at once what it takes with more. All of that is a second or two on a GPU. It is done once for each process and role, when its canaries are
-over, and only while nobody needs the engine: clients' requests teach the same. What comes of it is a prior (`disagg.policy.cost`): the line
-through the middle one of each kind of round.
+over, and only until somebody needs the engine: clients' requests teach the same. What comes of it is a prior (`disagg.policy.cost`): the
+line through the middle one of each kind of round.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ CONTEXT_SHARE = 0.5
 ROOM_SHARE = 0.25
 """Prompts take up no more than this of an engine's context, and of its KV."""
 LONG_S = 1.0
-"""Of a length that took longer there is one round only, and shorter ones take the place of the others."""
+"""Of a length that took longer there is one round only, and shorter ones take the place of the others, but of the shortest."""
 HARD_S = 3.0
 """Nor is anything asked for that should take longer than this, by its tokens: an engine whose pass takes long looks like one that hangs."""
 _LEAST_S = 1e-6
+AGAIN_S = 30.0
+TRIES = 5
+"""So often an engine is tried, the second time after so many seconds, then after twice as many."""
 LIMIT_S = 10.0
 """Nothing is begun after so long."""
 
@@ -100,7 +103,7 @@ class Plan:
         if one.at_once == 1:
             if seconds > LONG_S and one.prompt > LENGTHS[0]:
                 self._limit = min(self._limit, one.prompt - 1)
-            if times[0]:
+            if times[0] and times[0][0] > 0.0:
                 self._reads.setdefault((float(one.prompt), float(square(0, one.prompt))), []).append(times[0][0])
         # Where events hold several tokens, steps are not seen.
         step_s = overlap_step_s(times) if min(map(len, times)) >= one.answer - 1 else None
@@ -120,46 +123,52 @@ class Plan:
 
 
 class Benchmark:
-    """Which engines are to be measured. Each process is chosen once in each of its roles."""
+    """Which engines are to be measured. A process is chosen again, in the same role, after a while, where nothing came of it."""
 
     def __init__(self) -> None:
-        self._chosen: set[tuple[object, ...]] = set()
+        self._tries: dict[tuple[object, ...], tuple[int, float]] = {}  # how often, and when it may be the next time
 
-    def next(self, view: ClusterView, *, known: Known, is_idle: Callable[[EngineView], bool]) -> Choice | None:
+    def next(self, view: ClusterView, *, known: Known, is_idle: Callable[[EngineView], bool], now: float) -> Choice | None:
         """Engines of which something is to be learnt, or None.
 
         Args:
             view: of the cluster.
             known: whether passes and steps of the engine in a slot were measured.
             is_idle: nothing runs on an engine.
+            now: monotonic seconds.
         """
-        self._chosen &= {_key(engine) for engine in view.engines}
+        there = {_key(engine) for engine in view.engines}
+        self._tries = {key: tries for key, tries in self._tries.items() if key in there}
         for pool in view.pools.values():
             for part in pool.islands or (pool,):
-                choice = self._of(part, known, is_idle)
+                choice = self._of(part, known, is_idle, now)
                 if choice is not None:
-                    self._chosen |= {_key(engine) for engine in (choice.prefill, choice.decode) if engine is not None}
+                    for engine in (choice.prefill, choice.decode):
+                        if engine is not None:
+                            count = self._tries.get(_key(engine), (0, 0.0))[0] + 1
+                            self._tries[_key(engine)] = count, now + AGAIN_S * 2 ** (count - 1)
                     return choice
         return None
 
-    def _of(self, pool: Pool, known: Known, is_idle: Callable[[EngineView], bool]) -> Choice | None:
+    def _of(self, pool: Pool, known: Known, is_idle: Callable[[EngineView], bool], now: float) -> Choice | None:
         def sorted_by_need(engines: Sequence[EngineView]) -> list[EngineView]:
             idle = [engine for engine in engines if is_idle(engine)]
-            return sorted(idle, key=lambda engine: not self._needs(engine, known))  # the first of equals
+            return sorted(idle, key=lambda engine: not self._needs(engine, known, now))  # the first of equals
 
-        alone = next((engine for engine in sorted_by_need(pool.unified) if self._needs(engine, known)), None)
+        alone = next((engine for engine in sorted_by_need(pool.unified) if self._needs(engine, known, now)), None)
         if alone is not None:
             return Choice(None, alone, "nothing was measured of it yet")
         readers, writers = sorted_by_need(pool.prefill), sorted_by_need(pool.decode)
-        if readers and writers and (self._needs(readers[0], known) or self._needs(writers[0], known)):
+        if readers and writers and any(self._needs(engine, known, now) for engine in (readers[0], writers[0])):
             return Choice(readers[0], writers[0], "nothing was measured of one of them yet")
         return None
 
-    def _needs(self, engine: EngineView, known: Known) -> bool:
+    def _needs(self, engine: EngineView, known: Known, now: float) -> bool:
         reads, steps = known(engine.slot)
         role = engine.address.role
         is_known = (reads or role is Role.DECODE) and (steps or role is Role.PREFILL)
-        return not is_known and _key(engine) not in self._chosen
+        count, due_at = self._tries.get(_key(engine), (0, now))
+        return not is_known and count < TRIES and now >= due_at
 
 
 def overlap_step_s(times: Sequence[Sequence[float]]) -> float | None:

@@ -260,6 +260,16 @@ class Fit:
         self._stale = True
         self._fitted_at = -math.inf
 
+    def believe(self, prior: Prior, *, now: float) -> None:
+        """Another prior takes the place of the one that it had; its samples stay."""
+        self._prior = prior
+        self._recent.clear()
+        self._errors.clear()
+        self.latest = self._fit(now)
+        self.seen_at = max(self.seen_at, now)
+        self._stale = False
+        self._fitted_at = now
+
     def forget(self) -> None:
         """It is another process, or has another role: the prior is all that is known."""
         self.__init__(self._features, self._prior)  # type: ignore[misc]  # there is nothing that must outlive it
@@ -297,6 +307,11 @@ class Fit:
         error = median(self._errors) if self._errors else None
         own = self._prior is not None and self._prior.own and not self._prior.samples
         return Trust(self.samples, error, self._doubt(error), own, self._changed, self._shifted_at)
+
+    @property
+    def is_known(self) -> bool:
+        """There is nothing to be measured on purpose: there are enough samples of it, or it was known before it was started anew."""
+        return self.samples >= ENOUGH or (self._prior is not None and self._prior.own and not self._prior.samples)
 
     @property
     def is_own(self) -> bool:

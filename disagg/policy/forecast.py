@@ -103,13 +103,15 @@ class Reading:
         alone: it found the engine idle, as far as that is known.
         overtaken: the first token of a later prompt came before its own, out of another pass.
         blind: the router stood still meanwhile: when its first token came is not known.
+        of_client: it is no prompt of the router's own, which others learn from (`Forecast.measured`).
     """
 
-    __slots__ = ("alone", "blind", "busy_s", "cached", "new", "overtaken", "seconds", "sent_at", "slot", "wait_s")
+    __slots__ = ("alone", "blind", "busy_s", "cached", "new", "of_client", "overtaken", "seconds", "sent_at", "slot", "wait_s")
 
     def __init__(self, slot: int, new: int, cached: int, seconds: float, busy_s: float, sent_at: float, *, alone: bool) -> None:
         self.alone = alone
         self.blind = False
+        self.of_client = True
         self.busy_s = busy_s
         self.overtaken = False
         self.wait_s = 0.0
@@ -436,6 +438,7 @@ class Forecast:
         alone = not queue and not self._murky[slot]
         reading = Reading(slot, new, cached, self.pass_s(slot, new, cached), self.busy_s(slot, new, cached), now, alone=alone)
         reading.wait_s = self.wait_s(slot, now=now)
+        reading.of_client = of_client
         if not queue:
             self._since[slot] = now
             self._backlog[slot] = 0.0  # what summing up has left of rounding
@@ -462,7 +465,7 @@ class Forecast:
             now: when.
         """
         slot = reading.slot
-        if reading.blind or self._is_stalled(now):
+        if reading.blind or not reading.of_client or self._is_stalled(now):
             self._read_blindly(reading, now)
             return
         if not reading.alone:
@@ -717,7 +720,7 @@ class Forecast:
             self._step_lines[slot] = self._line(fit, self._any_steps)
 
     def measured(self, slot: int, *, reads: Prior | None = None, steps: Prior | None = None, now: float) -> None:
-        """An engine was measured on purpose: this is what it is taken to do until more is seen, and for what samples are compared with.
+        """An engine was measured on purpose: this is what it is taken to do until more is seen. What clients have taught counts for more.
 
         Args:
             slot: of the engine.
@@ -726,14 +729,13 @@ class Forecast:
             now: when.
         """
         for fits, prior in ((self._reads, reads), (self._steps, steps)):
-            if prior is not None:
-                fits[slot] = Fit(2, prior)
-                fits[slot].seen_at = now
+            if prior is not None and not fits[slot].is_known:
+                fits[slot].believe(prior, now=now)
         self._lend()
 
     def is_known(self, slot: int) -> tuple[bool, bool]:
         """Whether this engine's passes, and its steps, were measured often enough, now or before it was started anew."""
-        return self._reads[slot].is_own, self._steps[slot].is_own
+        return self._reads[slot].is_known, self._steps[slot].is_known
 
     def step_s(self, slot: int, batch: int, kv_tokens: int) -> float:
         """Seconds of a step of this engine with so many answers, whose KV is so many tokens."""

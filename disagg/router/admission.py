@@ -124,15 +124,17 @@ class Promise:
         served: it came to a good end: that tells how fast the engines are.
         entry, queue: where it is counted; None for the router's own requests.
         reading: its prompt, until its first token came; None where that is not seen.
+        ours: it is a request of the router's own: nobody asked for its answer, and no more engines are needed for it.
     """
 
-    __slots__ = ("_admission", "_decode_tokens", "_prefill_tokens", "_writes", "choice", "entry", "queue", "reading", "served")
+    __slots__ = ("_admission", "_decode_tokens", "_prefill_tokens", "_writes", "choice", "entry", "ours", "queue", "reading", "served")
 
     def __init__(self, admission: Admission, choice: Choice, prefill_tokens: int, decode_tokens: int) -> None:
         self.choice = choice
         self.served = True
         self.entry: Entry | None = None
         self.queue: Queue | None = None
+        self.ours = False
         self._admission = admission
         self._prefill_tokens = None if choice.prefill is None else prefill_tokens  # None: there is nothing to take back
         self._decode_tokens: int | None = decode_tokens
@@ -149,7 +151,7 @@ class Promise:
             self._admission.read(self, now)
         elif self.reading is not None:
             self._admission.not_read(self)  # when the prompt was read was not seen: what came had been written, too
-        if self._decode_tokens is not None and not self._writes:
+        if self._decode_tokens is not None and not self._writes and not self.ours:
             self._writes = True
             self._admission.began(self)
 
@@ -257,6 +259,8 @@ class Admission:
         self._roles: dict[int, Role] = {}
         self._down: set[int] = set()
         self.waiting = 0
+        self._measured: Collection[int] = ()
+        self._on_needed: Callable[[], None] | None = None
         self.names_wanted = False
         self._told = 0
         self._is_due = False
@@ -289,7 +293,9 @@ class Admission:
 
     def promise(self, choice: Choice, tokens: int = 0) -> Promise:
         """A promise for what does not wait, as the router's own canaries."""
-        return self._promise(choice, tokens, tokens)
+        promise = self._promise(choice, tokens, tokens)
+        promise.ours = True
+        return promise
 
     @property
     def ids_wanted(self) -> bool:
@@ -410,6 +416,8 @@ class Admission:
         found = self._find(wanting, exclude)
         if found is None:
             return Aside.ASIDE if exclude and self._find(wanting, ()) is not None else None
+        if self._measured:
+            self._stop_measuring(found.choice)
         found = self._in_time(wanting, exclude, found)
         choice = found.choice
         prefill, decode = choice.prefill, choice.decode
@@ -423,6 +431,21 @@ class Admission:
             self.books.forecast.tried(decode.slot, now=self._clock())
             promise.read(self._clock(), whole=True)  # its first token will not be seen
         return promise
+
+    def measuring(self, slots: Collection[int], on_needed: Callable[[], None]) -> None:
+        """The engines in these slots are being measured from now on; none: nobody is any more.
+
+        Args:
+            slots: of the engines.
+            on_needed: called when a request is to go to one of them.
+        """
+        self._measured, self._on_needed = slots, on_needed
+
+    def _stop_measuring(self, choice: Choice) -> None:
+        """Clients go before what the router wants to know."""
+        is_needed = choice.decode.slot in self._measured or (choice.prefill is not None and choice.prefill.slot in self._measured)
+        if is_needed and self._on_needed is not None:
+            self._on_needed()
 
     def _in_time(self, wanting: Wanting, exclude: Collection[EngineId], found: _Found) -> _Found:
         """The engines that were found, or those of the other arm where these are too late. Raises NoCapacityError."""
@@ -438,10 +461,11 @@ class Admission:
 
     def _refuse_late(self, wanting: Wanting, found: _Found) -> None:
         """Nobody is let in whose first token would come too late, but who was before. Raises NoCapacityError."""
-        if wanting.was_let_in:
+        reader = (found.choice.prefill or found.choice.decode).slot
+        if wanting.was_let_in or reader in self._measured:  # what it reads now will be aborted
             return
         limit_s = self.books.slo.ttft_s * _patience(wanting.priority)
-        late_s = self.books.late_s((found.choice.prefill or found.choice.decode).slot, found.outlook, limit_s)
+        late_s = self.books.late_s(reader, found.outlook, limit_s)
         if late_s <= 0.0:
             return
         self._count_refused(wanting, writes=False)  # it is the prefill engines that there are too few of

@@ -17,6 +17,7 @@ from disagg.router.openai import DONE_EVENT, Route
 
 FOLD_EVERY = 32
 FOLD_BYTES = 8 * 1024  # a flooded stream is read in large pieces: its journal must not keep 32 of them
+_CLOSING_READS = 4
 _TAIL = 4096  # enough for the chunks that end a stream: finish reason, usage, `[DONE]`
 TEXT_LIMIT = 256 * 1024
 
@@ -61,7 +62,8 @@ class Journal:
     Attributes:
         events: server-sent events folded so far, `[DONE]` included.
         with_ids: the chunks carry token ids.
-        on_fold: told at each fold how many seconds an event took, how many there were, and the longest pause; None for nobody.
+        on_fold: told at each fold how many seconds a token took after the one before, how many came so, and the longest pause; None for
+            nobody.
         overflowed: the text grew over `TEXT_LIMIT` bytes and was dropped; such a stream cannot be continued.
     """
 
@@ -127,12 +129,13 @@ class Journal:
         self._unfolded = 0
 
     def _fold_gaps(self) -> None:
-        previous, events, longest = self._previous_at, 0, 0.0
+        previous, events, steps, longest = self._previous_at, 0, 0, 0.0
         began = previous or self._times[0]
         for raw, at in zip(self._reads, self._times, strict=True):
             count = raw.count(b"\n\n")
             events += count
             if previous and count:
+                steps += count
                 gap = at - previous
                 self._on_gap(gap / count, count)
                 longest = max(longest, gap)
@@ -141,8 +144,17 @@ class Journal:
             previous = at
         self._previous_at = previous
         self.events += events
-        if self.on_fold is not None and longest:
-            self.on_fold((previous - began) / events, events, longest)
+        steps -= self._closing()
+        if self.on_fold is not None and longest and steps > 0:
+            self.on_fold((previous - began) / steps, steps, longest)
+
+    def _closing(self) -> int:
+        """Events that end a stream and are no tokens: of a short answer they would be most of it."""
+        if DONE_EVENT not in self._reads[-1]:
+            return 0
+        tail = b"".join(self._reads[-_CLOSING_READS:])
+        finish = len(_FINISH.findall(tail)) if self._route is Route.CHAT else 0  # elsewhere the last token says it
+        return 1 + finish + len(_NO_CHOICES.findall(tail))
 
     def _fold_text(self, joined: bytes) -> None:
         if self._route is Route.GENERATE:

@@ -463,13 +463,14 @@ class Relay:
         assert isinstance(leg, WholeLeg)
         return leg.body
 
-    async def time(self, choice: Choice, body: bytes, tokens: int) -> Sequence[float]:
+    async def time(self, choice: Choice, body: bytes, tokens: int, answer: int) -> Sequence[float]:
         """Has this very pair, or unified engine, stream the answer to one ``/generate`` request of the router's own, to measure them.
 
         Args:
             choice: the engines.
             body: of the request.
             tokens: of its prompt, of which no engine holds anything.
+            answer: tokens of its answer.
 
         Returns:
             When its events came, on the relay's clock.
@@ -477,7 +478,7 @@ class Relay:
         Raises:
             DisaggError: there is no whole answer within `PROVE_LIMIT_S`.
         """
-        promise = self.admission.promise(choice)
+        promise = self.admission.promise(choice, tokens + answer)
         reader = choice.prefill or choice.decode
         promise.reading = self.admission.books.forecast.sent(reader.slot, tokens, now=self.clock(), of_client=False)
         leg = await self._ask(promise, body, lambda attempt, _number: TimedLeg(attempt))

@@ -207,3 +207,24 @@ def held(made: Journal) -> int:
     """Bytes that a journal keeps alive."""
     parts = [*made._reads, *made._text, made._last]
     return sum(map(sys.getsizeof, parts)) + sys.getsizeof(made._text) + sys.getsizeof(made._reads)
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 4, 16, 32, 33, 64, 65, 200])
+@pytest.mark.parametrize("at_once", [True, False], ids=["closing in one read", "closing in reads of their own"])
+@pytest.mark.parametrize("route", [CHAT, COMPLETIONS, GENERATE])
+def test_a_step_is_what_a_token_takes_however_few_there_are(route: Route, at_once: bool, tokens: int) -> None:
+    """What ends a stream is no token: finish reason and usage of a chat, `[DONE]`."""
+    made, _ = journal(route)
+    told: list[tuple[float, int, float]] = []
+    made.on_fold = lambda *seen: told.append(seen)
+    usage = encode_event({"id": "x", "choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": tokens}})
+    finish = encode_event({"id": "x", "choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]})
+    closing = [*([finish] if route is CHAT else []), *([] if route is GENERATE else [usage]), DONE_EVENT]
+    for number in range(tokens):
+        made.add(encode_event(value(route, "a", "a" * (number + 1))), 5.0 + 0.011 * number)
+    ended = 5.0 + 0.011 * (tokens - 1) + 1e-5
+    for number, events in enumerate([b"".join(closing)] if at_once else closing):
+        made.add(events, ended + 1e-5 * number)
+    made.fold()
+    assert sum(count for _, count, _ in told) == tokens - 1
+    assert [seconds for seconds, _, _ in told] == pytest.approx([0.011] * len(told), rel=0.02)

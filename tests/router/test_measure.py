@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from disagg.config import PolicySection
+from disagg.config import PolicySection, SloSection
 from disagg.model import Role
 from disagg.policy.benchmark import AT_ONCE, LENGTHS, TIMES
-from disagg.policy.cost import ENOUGH, square
-from tests.fake_engine import HUNG_S, Call, answer_well, chat_chunk
+from disagg.policy.cost import ENOUGH, Prior, square
+from tests.fake_engine import HUNG_S, Call, answer_well
 from tests.router.conftest import CHAT, Rig, running_rig
 from tests.router.test_canary import generate_answer
 from tests.router.test_lost import relay_of
@@ -82,9 +82,16 @@ async def seen_by(rig: Rig) -> list[dict[str, Any]]:
 
 @pytest.mark.usefixtures("at_once")
 async def test_what_idle_engines_take_is_known_before_the_first_client_comes() -> None:
+    writing = []
+
+    def are_measured() -> bool:
+        writing.append(relay_of(rig).admission.books.forecast.writing(1))
+        return bool(outcomes(rig))
+
     async with running_rig(*PAIR, canaries=True, behave=take_time, policy=MEASURED) as rig:
-        await until(lambda: bool(outcomes(rig)))
+        await until(are_measured)
         assert outcomes(rig) == {"done": 1}
+        assert max(writing) == 0, "nobody asked for these answers: no more engines are needed for them"
         reads, steps = (row[name] for row, name in zip(await seen_by(rig), ("reads", "steps"), strict=True))
         assert min(reads["samples"], steps["samples"]) >= ENOUGH
         (first_s, *more), work = reads["line"], (2048.0, float(square(0, 2048)))
@@ -99,34 +106,39 @@ async def test_what_idle_engines_take_is_known_before_the_first_client_comes() -
 
 
 @pytest.mark.usefixtures("at_once")
-async def test_it_stops_when_a_client_needs_the_engines() -> None:
-    began, go_on = asyncio.Event(), asyncio.Event()
+async def test_it_stops_at_once_when_a_client_needs_the_engines() -> None:
+    """Though its whole request fits into a round; and what was being read for nobody is aborted."""
+    began = asyncio.Event()
 
     async def behave(call: Call) -> None:
-        if is_measuring(call) and call.engine.role is Role.DECODE:
-            began.set()
-            await go_on.wait()
-        if call.path == "/v1/chat/completions" and call.engine.role is Role.DECODE:
-            await call.event(chat_chunk("alpha"))
-            await until(lambda: bool(outcomes(rig)))
-            await call.event(chat_chunk("", finish="stop"))
-            await call.done()
-        else:
-            await take_time(call)
+        if is_measuring(call):
+            if call.engine.role is Role.DECODE:
+                began.set()
+            await asyncio.sleep(HUNG_S)  # until it is aborted
+        await take_time(call)
 
-    async with running_rig(*PAIR, canaries=True, behave=behave, policy=MEASURED) as rig:
+    async with running_rig(*PAIR, canaries=True, behave=behave, policy=MEASURED, slo=SloSection(ttft_s=0.01)) as rig:
         await asyncio.wait_for(began.wait(), HUNG_S)
         async with rig.session.get(rig.admin + "/admin/cluster") as response:
-            assert [engine.get("measuring") for engine in (await response.json())["engines"]] == [True, True]
-        async with await rig.post({**CHAT, "stream": True}) as response:
-            assert response.status == 200, "it waits for nobody"
-            go_on.set()
-            await response.read()
+            cluster = await response.json()
+        assert [engine.get("measuring") for engine in cluster["engines"]] == [True, True]
+        assert cluster["ratio"][0]["offered"] == [0, 0], "nobody asked for it"
+        knows(rig)
+        async with await rig.post(CHAT) as response:
+            assert response.status == 200, "nobody is sent away because the router is curious"
+        await until(lambda: bool(outcomes(rig)))
         assert outcomes(rig) == {"stopped": 1}
-        assert len(measured(rig)) == 1
+        await until(lambda: len(rig.prefill.aborted) == len(rig.decode.aborted) == 1)
+        await until(lambda: relay_of(rig).admission.books.is_empty)
         for _ in range(3):
             await another_look(rig)
-        assert len(measured(rig)) == 1, "clients teach the same"
+        assert len(measured(rig)) == 1, "it is not tried again at once"
+
+
+def knows(rig: Rig) -> None:
+    """The prefill engine's line is trusted, as after an earlier measurement with another decode engine."""
+    slow = Prior((5.0, 1e-4, 0.0), ((64.0, 4096.0), (256.0, 65536.0)), "a test", own=True, samples=ENOUGH)
+    relay_of(rig).admission.books.forecast.measured(0, reads=slow, now=0.0)
 
 
 @pytest.mark.usefixtures("at_once")
