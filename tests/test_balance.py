@@ -412,7 +412,7 @@ def test_a_slow_swing_is_followed_where_no_fixed_ratio_can_serve_it() -> None:
 
 def test_a_factor_makes_everything_faster() -> None:
     pace = Pace().scaled(10.0)
-    assert (pace.interval_s, pace.window_s, pace.cooldown_s) == (1.0, 12.0, 6.0)
+    assert (pace.interval_s, pace.window_s, pace.cooldown_s, pace.flip_s) == (1.0, 12.0, 6.0, 0.5)
     fluid = Fluid(2, 6, pace=pace, drain_s=2.0).run(lambda now: (1.2, 4.6) if now < 120 else (4.6, 1.2), 400.0)
     assert fluid.engines[0] in {5, 6}
 

@@ -6,7 +6,21 @@ import msgspec
 import pytest
 
 from disagg.model import ClusterView, EngineAddress, EngineFacts, EngineId, EngineLoad, EngineState, EngineView, Role
-from disagg.policy.benchmark import AGAIN_S, AT_ONCE, HARD_S, LENGTHS, LIMIT_S, LONG_S, TIMES, TRIES, Benchmark, Plan, Round, overlap_step_s
+from disagg.policy.benchmark import (
+    AGAIN_S,
+    AT_ONCE,
+    HARD_S,
+    LENGTHS,
+    LIMIT_S,
+    LONG_S,
+    MOST_S,
+    TIMES,
+    TRIES,
+    Benchmark,
+    Plan,
+    Round,
+    overlap_step_s,
+)
 from disagg.policy.cost import ENOUGH, at
 from disagg.policy.forecast import Forecast
 
@@ -122,7 +136,12 @@ def test_what_takes_long_is_not_repeated_and_all_of_it_ends() -> None:
     rest = rounds(plan)
     assert {one.prompt for one in rest} == {64}
     assert sum(one.at_once == 1 for one in rest) + len(first) >= ENOUGH, "what is left out is made up for"
-    assert len(rounds(plan_of(), LIMIT_S / 3)) <= 4
+    assert len(rounds(plan_of(), LIMIT_S / 3)) == 3 * MOST_S / LIMIT_S, "it goes on while there is too little, but not for ever"
+    plan, number = plan_of(), 0
+    while (one := plan.next()) is not None:
+        plan.took(one, 1.0, [[0.05 * (n + 1) for n in range(one.answer)]] * one.at_once)
+        number += 1
+    assert LIMIT_S <= number < TIMES * (len(LENGTHS) + len(AT_ONCE)), "there was enough before the end"
 
 
 @pytest.mark.parametrize("token_s", [1e-4, 1e-3, 5e-3, 2e-2, 0.2])

@@ -162,6 +162,11 @@ def test_before_anything_is_learned_a_token_has_three_bytes() -> None:
     assert ledger().prompt_tokens("m", 300) == 100 + TEMPLATE_TOKENS
 
 
+def test_of_token_ids_nothing_is_estimated() -> None:
+    assert ledger().price("m", 5000, 10, tokens=1000) == (1000, 1010)
+    assert ledger().price("m", 5000, 10, 600, tokens=1000) == (600, 600)
+
+
 @pytest.mark.parametrize(("asked", "kept"), [(None, RESERVED_TOKENS), (0, 0), (-3, 0), (512, 512), (100_000, RESERVED_TOKENS)])
 def test_for_the_answer_no_more_is_kept_than_sglang_keeps(asked: int | None, kept: int) -> None:
     assert ledger().price("m", 0, asked)[1] == TEMPLATE_TOKENS + kept

@@ -14,7 +14,7 @@ from disagg.errors import OrderError
 from disagg.model import ClusterView, EngineId, Role
 from disagg.policy.balance import Balance, Move, Pace, Situation, Verdict
 from disagg.policy.books import Books
-from disagg.policy.matching import FLIP_S, by_hand, is_there, mover, situation_of
+from disagg.policy.matching import by_hand, is_there, mover, situation_of
 
 URGENT_S = 1.0
 FAILURES_LIMIT = 6
@@ -80,7 +80,7 @@ class _Pools:
         self.decided_at = now
         self.said = ""
         self.number: int | None = None  # of the move under way
-        self.flip_s = FLIP_S
+        self.flip_s = pace.flip_s
         self.began_at = now
         self.had: set[Role] = set()  # roles of which an engine was ready, ever
         self.moved: EngineId | None = None

@@ -62,6 +62,7 @@ class Pace(msgspec.Struct, frozen=True):
         horizon_s: for so long what is measured now is expected to last.
         cooldown_s: between two moves.
         hand_s: a move that was ordered by hand is respected for so long.
+        flip_s: what a move is expected to take before one was made.
     """
 
     interval_s: float = 10.0
@@ -69,6 +70,7 @@ class Pace(msgspec.Struct, frozen=True):
     horizon_s: float = 300.0
     cooldown_s: float = 60.0
     hand_s: float = 900.0
+    flip_s: float = 5.0
 
     def scaled(self, factor: float) -> Pace:
         """Everything that many times as fast."""

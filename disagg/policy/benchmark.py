@@ -14,7 +14,7 @@ from statistics import median
 import msgspec
 
 from disagg.model import Choice, ClusterView, EngineView, Pool, Role
-from disagg.policy.cost import Features, Prior, robust_line, square
+from disagg.policy.cost import ENOUGH, Features, Prior, robust_line, square
 
 LENGTHS = (64, 256, 2048)
 TIMES = 3
@@ -33,7 +33,8 @@ AGAIN_S = 30.0
 TRIES = 5
 """So often an engine is tried, the second time after so many seconds, then after twice as many."""
 LIMIT_S = 10.0
-"""Nothing is begun after so long."""
+MOST_S = 20.0
+"""Nothing is begun after so long; the second where so little was seen until then that it would not be trusted."""
 
 Known = Callable[[int], tuple[bool, bool]]
 
@@ -78,7 +79,8 @@ class Plan:
 
     def next(self) -> Round | None:
         """What to ask for; None where there is nothing more to learn, or it has taken long enough."""
-        if not self._rounds or self._passed_s >= LIMIT_S:
+        counts = [sum(map(len, seen.values())) for seen in (self._reads, self._steps)]
+        if not self._rounds or self._passed_s >= (LIMIT_S if min(counts) >= ENOUGH else MOST_S):
             return None
         one, most = self._rounds.pop(0), max(LENGTHS[0], int(HARD_S / self._token_s))
         if one.at_once > 1:

@@ -386,9 +386,11 @@ class Books:
 
     # --- prices
 
-    def price(self, model: str, body_bytes: int, max_tokens: int | None, answers: int, limit: int = 0) -> tuple[int, int]:
+    def price(
+        self, model: str, body_bytes: int, max_tokens: int | None, answers: int, limit: int = 0, *, tokens: int = 0
+    ) -> tuple[int, int]:
         """Tokens of a prefill and of a decode engine; `limit` is the longest context of one answer. See `Ledger.price`."""
-        prompt, first = self.ledger.price(model, body_bytes, max_tokens, limit)
+        prompt, first = self.ledger.price(model, body_bytes, max_tokens, limit, tokens=tokens)
         more = answers - 1
         return prompt, first + more * min(RESERVED_TOKENS, max_tokens or RESERVED_TOKENS) if more else first
 

@@ -154,7 +154,7 @@ class Ledger:
         tokens = int(prompt_bytes / self._bytes_per_token.get(model, BYTES_PER_TOKEN)) + TEMPLATE_TOKENS
         return min(tokens, limit) if limit > 0 else tokens
 
-    def price(self, model: str, prompt_bytes: int, max_tokens: int | None, limit: int = 0) -> tuple[int, int]:
+    def price(self, model: str, prompt_bytes: int, max_tokens: int | None, limit: int = 0, *, tokens: int = 0) -> tuple[int, int]:
         """What a prefill engine and a decode or unified engine need for a request, tokens.
 
         Args:
@@ -162,12 +162,13 @@ class Ledger:
             prompt_bytes: as for `prompt_tokens`.
             max_tokens: how long the answer may become; None if the client leaves it open.
             limit: as for `prompt_tokens`; it is the limit of prompt and answer together.
+            tokens: of the prompt, where they are known and need not be estimated; 0 where they are not.
 
         Returns:
             The prompt, and the prompt with `RESERVED_TOKENS` or less for the answer.
         """
         answer = RESERVED_TOKENS if max_tokens is None or max_tokens > RESERVED_TOKENS else max(0, max_tokens)
-        prompt = self.prompt_tokens(model, prompt_bytes)
+        prompt = tokens or self.prompt_tokens(model, prompt_bytes)
         if 0 < limit < prompt + answer:
             return min(prompt, limit), limit
         return prompt, prompt + answer

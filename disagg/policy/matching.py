@@ -11,8 +11,6 @@ from disagg.policy.cost import ENOUGH
 
 _GONE = frozenset({EngineState.DEAD, EngineState.HELD, EngineState.STARTING})
 _THERE = frozenset({EngineState.READY, EngineState.SUSPECT, EngineState.QUARANTINED})
-FLIP_S = 5.0
-"""What a move is expected to take before there was one."""
 
 
 def engines_of(view: ClusterView, model: str, role: Role, moving: Mapping[EngineId, Role]) -> list[EngineView]:

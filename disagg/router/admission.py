@@ -66,6 +66,10 @@ class Wanting(Protocol):
         """Of its prompt, of which the names are."""
 
     @property
+    def tokens(self) -> int:
+        """Of its prompt, where the client sent these; 0 where they are not known."""
+
+    @property
     def ids(self) -> Ids | None:
         """Of its prompt, where the client sent these and an engine says what it holds."""
 
@@ -551,7 +555,7 @@ class Admission:
 
     def _price(self, wanting: Wanting, model: str, limit: int = 0) -> tuple[int, int]:
         """Tokens of a prefill and of a decode engine; `limit` is the longest context of one answer."""
-        return self.books.price(model, wanting.body_bytes, wanting.max_tokens, wanting.answers, limit)
+        return self.books.price(model, wanting.body_bytes, wanting.max_tokens, wanting.answers, limit, tokens=wanting.tokens)
 
     def _longest_context(self, wanting: Wanting) -> int:
         """Of the engines that may answer it; 0 if unknown. A body that is longer than any of them takes costs no more than they have."""

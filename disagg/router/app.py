@@ -202,14 +202,15 @@ class PublicListener:
         finally:
             stream.journal.fold()
         if stream.first_token_at:
-            self._owner.answered(job, attempt.choice, stream.journal.events, ttft_s, stream.first_token_at)
+            self._owner.answered(job, attempt.choice, stream.journal.tokens, ttft_s, stream.first_token_at)
 
     async def _serve_whole(self, job: Job, client: Client) -> None:
         attempt = await self._owner.run(job, lambda attempt, _number: WholeLeg(attempt), client)
         leg = attempt.decode_leg
         assert isinstance(leg, WholeLeg)
         if job.request.prompts is None:
-            self._owner.learn(attempt.choice, job.body_bytes, leg.body)
+            body_bytes = 0 if job.tokens else job.body_bytes  # digits say nothing of how many bytes a token of text takes
+            self._owner.learn(attempt.choice, body_bytes, leg.body)
         client.send_whole(200, leg.body, choice=attempt.choice, attempt=job.attempts)
         attempt.decode_leg = None  # leg and attempt know each other: without this only the garbage collector would free the answer
 

@@ -61,6 +61,7 @@ class Journal:
 
     Attributes:
         events: server-sent events folded so far, `[DONE]` included.
+        tokens: those of them that are tokens, as far as that can be seen: what ends a stream is none.
         with_ids: the chunks carry token ids.
         on_fold: told at each fold how many seconds a token took after the one before, how many came so, and the longest pause; None for
             nobody.
@@ -83,11 +84,12 @@ class Journal:
         "events",
         "on_fold",
         "overflowed",
+        "tokens",
         "with_ids",
     )
 
     def __init__(self, route: Route, on_gap: GapSink) -> None:
-        self.events = 0
+        self.events = self.tokens = 0
         self.overflowed = False
         self._unfolded = 0
         self._route = route
@@ -144,7 +146,9 @@ class Journal:
             previous = at
         self._previous_at = previous
         self.events += events
-        steps -= self._closing()
+        closing = self._closing()
+        self.tokens += events - closing
+        steps -= closing
         if self.on_fold is not None and longest and steps > 0:
             self.on_fold((previous - began) / steps, steps, longest)
 

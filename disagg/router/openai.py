@@ -141,6 +141,7 @@ class ClientRequest:
         names: of the blocks of its prompt, see `disagg.policy.history`; empty where nobody asked for them, or for a list of prompts.
         ids: of its prompt, where the client sent token ids and somebody asked for them.
         prompt_bytes: of its prompt; 0 for a list of prompts.
+        tokens: of its prompt, where the client sent these; 0 where they are not known.
     """
 
     __slots__ = (
@@ -157,6 +158,7 @@ class ClientRequest:
         "route",
         "samples",
         "stream",
+        "tokens",
     )
 
     def __init__(self, route: Route, model: str, rest: bytes, *, stream: bool) -> None:
@@ -173,6 +175,7 @@ class ClientRequest:
         self.names: Sequence[int] = ()
         self.ids: Ids | None = None
         self.prompt_bytes = 0
+        self.tokens = 0
 
 
 def parse_request(route: Route, body: bytes, *, named: bool = False, with_ids: bool = False) -> ClientRequest:
@@ -204,8 +207,11 @@ def parse_request(route: Route, body: bytes, *, named: bool = False, with_ids: b
         shared = (named or with_ids) and not any(key in body for key in _OTHER_ROOTS)
         if named and shared:
             request.names = names_of(text)
-        if with_ids and shared and route is not Route.CHAT and text[0] == _OPENING_BRACKET:
-            request.ids = _ids_of(bytes(text))
+        if route is not Route.CHAT and text[0] == _OPENING_BRACKET:
+            ids = bytes(text)
+            request.tokens = ids.count(b",") + 1
+            if with_ids and shared:
+                request.ids = _ids_of(ids)
     if request.prompts is not None and not 1 <= request.prompts <= MAX_PROMPTS:
         raise RequestError(f"a prompt list holds 1 to {MAX_PROMPTS} prompts, this one {_at_least(request.prompts)}", param="prompt")
     if request.samples > 1:

@@ -129,7 +129,7 @@ class Owner:
         itl_s = (self._relay.clock() - first_token_at) / (tokens - 1) if tokens > 1 else 0.0
         books = self._admission.books
         facts, alone = choice.decode.facts, choice.prefill is None
-        books.answered(tokens, books.ledger.prompt_tokens(facts.model, len(job.request.rest), facts.context_tokens))
+        books.answered(tokens, job.tokens or books.ledger.prompt_tokens(facts.model, len(job.request.rest), facts.context_tokens))
         if job.arm is alone:  # who went where they were not drawn for says nothing of either arm
             books.comparison.ended(unified=alone, ttft_s=ttft_s, itl_s=itl_s)
 

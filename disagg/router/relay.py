@@ -87,7 +87,7 @@ class Job:
         max_tokens: how long one answer may become.
         body_bytes: of `rest`.
         answers: how many answers `rest` asks for.
-        names, ids, prompt_bytes: of its prompt, as in `ClientRequest`.
+        names, ids, prompt_bytes, tokens: of its prompt, as in `ClientRequest`.
         streams: its first token is seen when it comes.
         unified_only: it still asks for several samples: it was not split, because only unified engines were there; a pair must not see it.
         arrived_at: when it came.
@@ -111,6 +111,7 @@ class Job:
         "rest",
         "sample",
         "streams",
+        "tokens",
         "trial",
         "unified_only",
         "user",
@@ -143,6 +144,7 @@ class Job:
         self.names = request.names
         self.ids = request.ids
         self.prompt_bytes = request.prompt_bytes
+        self.tokens = request.tokens
         self.streams = request.stream
         self.ask_for(rest)
 

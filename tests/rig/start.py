@@ -23,7 +23,7 @@ from tests.cluster.prompts import prompt_ids
 PACED = ("--engine-arg=--paced", "--engine-arg=10,0.2;20,2", "--engine-arg=--paced-compute", "--engine-arg=off")
 LENGTHS = (100, 300, 700, 1500)
 BATCHES = (1, 2, 8, 12)
-ANSWER = 24
+ANSWER = 96
 TIMES = 3
 LIMIT_S = 60.0
 START_LIMIT_S = 300.0
@@ -80,7 +80,9 @@ async def run(url: str, admin: str, *, measured: bool) -> list[tuple[str, float,
             rows.append((f"first token of {length} tokens", sorted(seen)[TIMES // 2], said_s))
         for batch in BATCHES:
             began = time.monotonic()
-            asked = [ask(session, url, 64, number + n, ANSWER) for n in range(batch)]
+            asked = [
+                ask(session, url, 64, number + n, ANSWER) for n in range(batch)
+            ]  # long ones: the first must not end before the last begins
             number += batch
             times = await asyncio.gather(*asked)
             step_s = overlap_step_s(times)

@@ -13,6 +13,7 @@ from disagg.model import Role
 from disagg.policy.books import Books
 from disagg.policy.cost import Fit
 from disagg.policy.history import PrefixHistory
+from disagg.policy.ledger import BYTES_PER_TOKEN
 from tests.fake_engine import Call, answer_well, chat_chunk, until
 from tests.router.conftest import CHAT, Rig, running_rig
 from tests.router.test_lost import nothing_left, relay_of
@@ -283,3 +284,24 @@ async def test_the_first_answer_may_be_empty() -> None:
         forecast = books_of(rig).forecast
         forecast.answered(0)
         assert forecast.best_batch(0, limit_s=0.1, kv_tokens=1000) >= 1
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+async def test_a_prompt_of_token_ids_is_as_long_as_it_is(path: str) -> None:
+    """Of text it is estimated from its bytes; ids take more of them, or fewer, and say nothing of text."""
+    ids = list(range(100_000, 100_400))
+    body = {"input_ids": ids, "stream": True} if path == "/generate" else {"model": "fake", "prompt": ids, "stream": True}
+    read: list[int] = []
+
+    async def behave(call: Call) -> None:
+        read.extend(reading.new for reading in books.forecast._queue[0])
+        await answer_well(call)
+
+    async with running_rig(P, P, D, behave=behave) as rig:
+        books = books_of(rig)
+        async with await rig.post(body, path) as response:
+            await response.read()
+        assert set(read) == {400}
+        async with await rig.post({**body, "stream": False}, path) as response:
+            await response.read()
+        assert books.ledger.bytes_per_token("fake") == BYTES_PER_TOKEN, "digits are no text"

@@ -227,4 +227,5 @@ def test_a_step_is_what_a_token_takes_however_few_there_are(route: Route, at_onc
         made.add(events, ended + 1e-5 * number)
     made.fold()
     assert sum(count for _, count, _ in told) == tokens - 1
+    assert made.tokens == tokens
     assert [seconds for seconds, _, _ in told] == pytest.approx([0.011] * len(told), rel=0.02)

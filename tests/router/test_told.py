@@ -181,6 +181,6 @@ async def test_what_is_shown_says_by_what_prompts_are_sent(town: Town) -> None:
 def test_a_prompt_that_is_longer_than_the_context_is_none_that_an_engine_reads() -> None:
     """It is refused there. Taken for what it says it would be hours of work, and everybody else would be refused for it."""
     ids = parse_request(Route.COMPLETIONS, json.dumps({"prompt": [1] * 100_000}).encode(), with_ids=True).ids
-    wanting = cast("Wanting", SimpleNamespace(ids=ids, prompt_bytes=200_000, names=()))
+    wanting = cast("Wanting", SimpleNamespace(tokens=0, ids=ids, prompt_bytes=200_000, names=()))
     assert _prompt(wanting, 40_000, 4096).tokens == 4096
     assert _prompt(wanting, 40_000, 0).tokens == 100_000, "the context is not known"

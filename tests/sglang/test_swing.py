@@ -14,7 +14,6 @@ import httpx2
 import msgspec
 import pytest
 
-from disagg.policy.cost import ENOUGH
 from tests.serve.conftest import wait_for
 from tests.sglang.conftest import BACK_LIMIT_S, ENGINE, FEW_PLACES, PLACES, PLAIN_JSON, START_LIMIT_S, Cluster, text_of
 
@@ -187,12 +186,10 @@ def wait_measured(cluster: Cluster, engines: int) -> None:
     """The router has had so many engines read or write, because it knew nothing of them."""
 
     def known() -> int:
-        rows = httpx2.get(cluster.admin + "/admin/cluster", timeout=10).json()["engines"]
-        return sum(
-            row["forecast"][{"prefill": "reads", "decode": "steps"}[row["role"]]]["samples"] >= ENOUGH
-            for row in rows
-            if row["role"] != "unified"
-        )
+        rows = [e for e in httpx2.get(cluster.admin + "/admin/cluster", timeout=10).json()["engines"] if e["role"] != "unified"]
+        if any(row.get("measuring") for row in rows):
+            return 0
+        return sum(row["forecast"][{"prefill": "reads", "decode": "steps"}[row["role"]]]["samples"] > 0 for row in rows)
 
     wait_for(lambda: known() >= engines, lambda: f"{known()} of {engines} engines were measured", limit_s=BACK_LIMIT_S)
 
