@@ -104,7 +104,7 @@ class Trust(msgspec.Struct, frozen=True):
 
     Attributes:
         samples: real ones, ever.
-        error: of the last predictions, the middle relative one; None before it made any of its own.
+        error: of the last predictions, the middle relative one; None before there were any.
         doubt: why it is not to be trusted at the moment; empty if it is.
         own: without enough samples it is taken from what the engine did before it was started anew.
         changed: how many times as slow it has become since `changed_at`; 1 where it has not changed.
@@ -209,8 +209,7 @@ class Fit:
         if line is None:
             return 1.0
         said = max(at(line, sample.features), _LEAST_S)
-        if self.is_own:  # else it was somebody else's line that was wrong
-            self._errors.append(abs(said - sample.seconds) / sample.seconds)
+        self._errors.append(abs(said - sample.seconds) / sample.seconds)
         self._recent.append((sample, math.log(sample.seconds / said)))
         run = self._run()
         if not run:
