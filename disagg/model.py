@@ -229,6 +229,11 @@ class EngineView(msgspec.Struct, frozen=True):
         """The engine's id, as in ``x-disagg-prefill``."""
         return self.address.id
 
+    def serves_as(self, then: EngineView) -> bool:
+        """It is ready, and the same process in the same role as it was then."""
+        address, before = self.address, then.address
+        return self.state is EngineState.READY and address.role is before.role and address.pid == before.pid
+
 
 class Pool(msgspec.Struct, frozen=True):
     """The ready engines that serve one model, by role.

@@ -22,7 +22,7 @@ from disagg.policy.benchmark import (
     overlap_step_s,
 )
 from disagg.policy.cost import ENOUGH, at
-from disagg.policy.forecast import Forecast
+from disagg.policy.forecast import LONG_LIMIT_S, LONG_TIMES, Forecast
 
 P, D, U = Role.PREFILL, Role.DECODE, Role.UNIFIED
 NOTHING = (False, False)
@@ -235,6 +235,43 @@ def test_of_one_kind_of_round_nothing_is_concluded() -> None:
     forecast.grow(1)
     forecast.measured(0, reads=few.reads, now=1.0)
     assert forecast.known(0, now=1.0).reads_trust.doubt == "2 samples so far; taken from a measurement when it came"
+
+
+def test_what_clients_have_taught_is_kept() -> None:
+    forecast, now = Forecast(), 100.0
+    forecast.grow(2)
+    for _ in range(4):
+        reading = forecast.sent(0, 500, now=now)
+        forecast.read(reading, 1, now=now + 0.5)
+        now += 10.0
+        forecast.tick(now)
+    assert forecast.known(0, now=now).reads_trust.samples == 4
+    plan = play(plan_of())
+    assert plan.reads is not None
+    forecast.measured(0, reads=plan.reads, now=now)
+    assert forecast.known(0, now=now).reads_trust.samples == 4 + plan.reads.samples
+
+
+def test_a_time_that_is_none_breaks_nothing() -> None:
+    plan = plan_of()
+    while (one := plan.next()) is not None:
+        plan.took(one, 0.1, [[0.0] * one.answer] * one.at_once)
+    assert (plan.reads, plan.steps) == (None, None)
+
+
+def test_a_long_prompt_gives_its_engine_time_but_not_for_ever() -> None:
+    forecast = Forecast()
+    forecast.grow(1)
+    forecast.measured(0, reads=play(plan_of()).reads, now=0.0)
+    assert forecast.patience_s(0) == forecast.patience_s(7) == 0.0
+    short = forecast.sent(0, 1000, now=1.0)
+    long = forecast.sent(0, 5000, now=1.0)
+    assert forecast.patience_s(0) == pytest.approx(LONG_TIMES * at(READ, (5000, 25e6)), rel=0.02)
+    endless = forecast.sent(0, 10_000_000, now=1.0)
+    assert forecast.patience_s(0) == LONG_LIMIT_S
+    for reading in (endless, long, short):
+        forecast.left(reading, now=2.0)
+    assert forecast.patience_s(0) == 0.0
 
 
 def test_events_of_several_tokens_tell_no_steps() -> None:

@@ -26,7 +26,7 @@ from disagg.cluster.canary import (
     request,
 )
 from disagg.errors import DeadlineError, DisaggError, EngineError, EngineTimeoutError, NoCapacityError
-from disagg.model import Choice, ClusterView, EngineId, EngineState, EngineView
+from disagg.model import Choice, ClusterView, EngineId
 
 
 class TakenOutError(EngineError):
@@ -160,11 +160,7 @@ class Examiner:
         """
         engines = {e.id: e for e in self._view().engines}
         pair = [e for e in (choice.prefill, choice.decode) if e is not None]
-        ready = [e for e in pair if e.id in engines and _serves(engines[e.id], e)]
+        ready = [e for e in pair if e.id in engines and engines[e.id].serves_as(e)]
         if len(ready) < min(in_service, len(pair)):
             gone = next(e.id for e in pair if e not in ready)
             raise TakenOutError(f"{gone} was taken out of service before it had answered its canaries")
-
-
-def _serves(now: EngineView, then: EngineView) -> bool:
-    return now.state is EngineState.READY and now.address.role is then.address.role and now.address.pid == then.address.pid

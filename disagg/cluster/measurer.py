@@ -7,21 +7,17 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any, Protocol
 
-import msgspec
 import structlog
 
 from disagg.cluster.canary import pairing
 from disagg.errors import DisaggError
-from disagg.model import Choice, ClusterView, EngineId, EngineState, EngineView
-from disagg.policy.benchmark import Benchmark, Plan, Round
+from disagg.model import Choice, ClusterView, EngineId, EngineView
+from disagg.policy.benchmark import Benchmark, Plan, Round, request
 from disagg.policy.forecast import Forecast
 
 LOOK_S = 1.0
 SETTLE_S = 1.0
 SETTLE_LOOK_S = 0.01
-_IDS = 200
-_FIRST_ID = 16
-"""Every vocabulary has tokens of these ids, and few have special ones among them."""
 
 
 class Table(Protocol):
@@ -133,7 +129,7 @@ class Measurer:
 
     async def _run(self, choice: Choice, one: Round) -> Sequence[Sequence[float]]:
         """When the tokens of each answer came. Raises DisaggError."""
-        asked = [self._time(choice, self._body(one), one.prompt, one.answer) for _ in range(one.at_once)]
+        asked = [self._time(choice, request(one, self._new_salt()), one.prompt, one.answer) for _ in range(one.at_once)]
         self._round = asyncio.gather(*asked, return_exceptions=True)
         try:
             answers = await self._round
@@ -150,14 +146,6 @@ class Measurer:
         if self._round is not None:
             self._round.cancel()
 
-    def _body(self, one: Round) -> bytes:
-        """No prompt is like another one: a prefix cache must not answer in place of the engine."""
-        salt = self._new_salt()
-        seed = int.from_bytes(salt.encode()[-8:], "big")
-        ids = [_FIRST_ID + (seed + n * (n + seed % 97)) % _IDS for n in range(one.prompt)]
-        sampling = {"max_new_tokens": one.answer, "temperature": 0, "ignore_eos": True}
-        return msgspec.json.encode({"input_ids": ids, "sampling_params": sampling, "stream": True, "extra_key": salt})
-
     async def _is_free(self, choice: Choice) -> bool:
         """Nobody else wants these engines. SGLang's prefill engines end a request of ours a moment after its answer has ended."""
         pair = [e for e in (choice.prefill, choice.decode) if e is not None]
@@ -167,10 +155,4 @@ class Measurer:
                 return False
             await asyncio.sleep(SETTLE_LOOK_S)
         engines = {e.id: e for e in self._table.view.engines}
-        return not self._is_needed and all(_serves(engines.get(e.id), e) for e in pair)
-
-
-def _serves(now: EngineView | None, then: EngineView) -> bool:
-    return (
-        now is not None and now.state is EngineState.READY and now.address.role is then.address.role and now.address.pid == then.address.pid
-    )
+        return not self._is_needed and all(e.id in engines and engines[e.id].serves_as(e) for e in pair)

@@ -36,6 +36,10 @@ LIMIT_S = 10.0
 MOST_S = 20.0
 """Nothing is begun after so long; the second where so little was seen until then that it would not be trusted."""
 
+IDS = 200
+FIRST_ID = 16
+"""Every vocabulary has tokens of these ids, and few have special ones among them."""
+
 Known = Callable[[int], tuple[bool, bool]]
 
 
@@ -53,6 +57,19 @@ class Round(msgspec.Struct, frozen=True):
     at_once: int = 1
 
 
+def request(one: Round, salt: str) -> bytes:
+    """The body of one request of a round for ``POST /generate``.
+
+    Args:
+        one: the round.
+        salt: a new word each time: no prompt is like another one, so that a prefix cache does not answer in place of the engine.
+    """
+    seed = int.from_bytes(salt.encode()[-8:], "big")
+    ids = [FIRST_ID + (seed + n * (n + seed % 97)) % IDS for n in range(one.prompt)]
+    sampling = {"max_new_tokens": one.answer, "temperature": 0, "ignore_eos": True}
+    return msgspec.json.encode({"input_ids": ids, "sampling_params": sampling, "stream": True, "extra_key": salt})
+
+
 class Plan:
     """The rounds for one choice of engines; it is told what came of each.
 
@@ -61,7 +78,6 @@ class Plan:
     """
 
     def __init__(self, choice: Choice) -> None:
-        self.choice = choice
         self._engines = [e for e in (choice.prefill, choice.decode) if e is not None]
         self._limit = _longest(self._engines)
         lengths = [n for n in LENGTHS if n <= self._limit]

@@ -77,6 +77,9 @@ _ANSWER_SHARE = 0.02
 ANSWER_TOKENS = 200.0
 """How long answers are taken to be before one has ended."""
 BATCH_LIMIT = 4096
+LONG_TIMES = 2.0
+"""A prompt may take so many times as long as foretold before its engine counts as hanging."""
+LONG_LIMIT_S = 60.0
 ALONE_TIMES = 1.5
 TRY_S = 10.0
 TRY_AGAIN_S = 2.0
@@ -644,9 +647,13 @@ class Forecast:
         left = busy_s - passed if passed < busy_s else passed - first.seconds if passed > first.seconds else 0.0
         return max(0.0, self._backlog[slot] - busy_s) + left
 
-    def longest_s(self, slot: int) -> float:
-        """Seconds that the longest of the prompts which this engine has still to read was expected to take; 0 where there is none."""
-        return max((reading.seconds for reading in self._queue[slot]), default=0.0) if slot < len(self._queue) else 0.0
+    def patience_s(self, slot: int) -> float:
+        """For how long this engine may seem to stand still, because of a long prompt that it has still to read, seconds; 0 without any.
+
+        Its counters move with each pass, which is a part of a prompt or some prompts, and nobody but the engine knows which.
+        """
+        longest_s = max((reading.seconds for reading in self._queue[slot]), default=0.0) if slot < len(self._queue) else 0.0
+        return min(LONG_LIMIT_S, LONG_TIMES * longest_s)
 
     def link_s(self, prefill: int, decode: int, tokens: int) -> float:
         """Seconds that a prompt of so many tokens, cached ones with them, takes longer than over the fastest link of its reader."""

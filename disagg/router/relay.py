@@ -29,9 +29,6 @@ SWEEP_S = 0.1
 RECORDS_LIMIT = 1000
 CLIENT_STALL_S = 60.0
 PROVE_LIMIT_S = 10.0
-LONG_TIMES = 2.0
-"""A prompt may take so many times as long as foretold before its engine counts as hanging."""
-LONG_LIMIT_S = 60.0
 ABORT_LIMIT_S = 2.0
 UNCONFIRMED_KEPT = 1024
 
@@ -446,11 +443,8 @@ class Relay:
         return counts[slot] if slot < len(counts) else 0
 
     def long_s(self, slot: int) -> float:
-        """For how long the engine in this slot may seem to stand still, because of a long prompt that it was given, seconds.
-
-        Its counters move with each pass, which is a part of a prompt or some prompts, and nobody but the engine knows which.
-        """
-        return min(LONG_LIMIT_S, LONG_TIMES * self.admission.books.forecast.longest_s(slot))
+        """For how long the engine in this slot may seem to stand still, because of a long prompt that it was given, seconds."""
+        return self.admission.books.forecast.patience_s(slot)
 
     async def ask(self, choice: Choice, body: bytes) -> bytes:
         """Has this very pair, or unified engine, answer one ``/generate`` request of the router's own.

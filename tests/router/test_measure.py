@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from disagg.config import PolicySection, SloSection
 from disagg.model import Role
 from disagg.policy.benchmark import AT_ONCE, LENGTHS, TIMES
 from disagg.policy.cost import ENOUGH, Prior, square
-from tests.fake_engine import HUNG_S, Call, answer_well
+from tests.fake_engine import HUNG_S, Call, answer_well, until
 from tests.router.conftest import CHAT, Rig, running_rig
 from tests.router.test_canary import generate_answer
 from tests.router.test_lost import relay_of
@@ -49,12 +48,6 @@ async def take_time(call: Call) -> None:
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("disagg.cluster.measurer.LOOK_S", 0.05)
-
-
-async def until(is_so: Callable[[], bool]) -> None:
-    async with asyncio.timeout(HUNG_S):
-        while not is_so():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
 
 
 def outcomes(rig: Rig) -> dict[str, int]:
