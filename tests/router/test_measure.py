@@ -174,21 +174,20 @@ async def test_a_prefill_engine_that_ends_a_moment_after_the_answer_is_no_client
 
 @pytest.mark.usefixtures("at_once")
 async def test_canaries_go_first() -> None:
-    """Measured beside them, engines would seem slower than they are."""
-    at_work = {"canaries": 0}
+    """Measured beside them, on other engines at first, they would seem slower than they are."""
+    at_work = {True: 0, False: 0}
     beside: list[int] = []
 
     async def behave(call: Call) -> None:
-        if is_measuring(call):
-            beside.append(at_work["canaries"])
-            await take_time(call)
-            return
-        at_work["canaries"] += 1
-        await asyncio.sleep(0.2)
-        at_work["canaries"] -= 1
+        measured = is_measuring(call)
+        at_work[measured] += 1
+        beside.append(at_work[not measured])
+        if not measured:
+            await asyncio.sleep(0.2)
         await take_time(call)
+        at_work[measured] -= 1
 
-    async with running_rig(*PAIR, canaries=True, behave=behave, policy=MEASURED) as rig:
+    async with running_rig(*PAIR, *PAIR, canaries=True, behave=behave, policy=MEASURED) as rig:
         await until(lambda: bool(outcomes(rig)))
-        assert outcomes(rig) == {"done": 1}
+        assert outcomes(rig)["done"] >= 1
         assert max(beside) == 0
